@@ -1,0 +1,40 @@
+"""The errors a user can cause or meet. Anything else that is raised is a defect of ours.
+
+The command line prints the message and exits 1; the API maps each class to problem details.
+"""
+
+
+class StreamFlowError(Exception):
+    """A refusal or failure whose message says what is wrong, where, and what to do."""
+
+
+class ConfigurationError(StreamFlowError):
+    """A setting, policy or port cannot be used as given."""
+
+
+class UnknownMonth(StreamFlowError):
+    """A month that has not landed, or whose data lacks what was asked for."""
+
+
+class WarehouseUnavailable(StreamFlowError):
+    """PostgreSQL does not answer."""
+
+
+class RegistryUnavailable(StreamFlowError):
+    """MLflow does not answer."""
+
+
+class UnknownVersion(StreamFlowError):
+    """A model version that was never registered."""
+
+
+class PromotionRefused(StreamFlowError):
+    """A promotion or rollback that policy, gates or the ledger forbid."""
+
+
+class TrainingRefused(StreamFlowError):
+    """Data that must not be trained on."""
+
+
+class ArtifactRefused(StreamFlowError):
+    """A model artifact whose digest, format or self-test is not the registered one."""

@@ -1,0 +1,58 @@
+"""The settings, read from the environment once and passed in everywhere else."""
+
+import getpass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from streamflow.errors import ConfigurationError
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+PREFIX = "STREAMFLOW_"
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class Settings(BaseSettings):
+    """What one installation is told; each field is read from ``STREAMFLOW_`` and its name in capitals.
+
+    ``home`` holds all state. ``database_url`` is the platform's role on your own PostgreSQL and
+    ``owner_database_url`` the role that migrates and owns the ledger; without them the embedded server is used.
+    ``mlflow_uri`` is an MLflow server's address; without it the registry is read from the database directly.
+    ``host`` is where the services listen. ``policy`` overrides the mode of ``policy_file``.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
+
+    home: Path = Path("var")
+    database_url: str | None = None
+    owner_database_url: str | None = None
+    mlflow_uri: str | None = None
+    host: str = "127.0.0.1"
+    api_port: Port = 8000
+    dagster_port: Port = 3000
+    mlflow_port: Port = 5000
+    policy: Literal["manual", "auto"] | None = None
+    policy_file: Path = PROJECT_ROOT / "policy.toml"
+    actor: str = Field(default_factory=getpass.getuser, min_length=1)
+
+    @field_validator("home", "policy_file")
+    @classmethod
+    def _absolute(cls, path: Path) -> Path:
+        return path.expanduser().absolute()
+
+    @classmethod
+    def load(cls, **overrides: Any) -> "Settings":
+        """Read the environment; raises ConfigurationError naming each variable that cannot be used."""
+        try:
+            return cls(**overrides)
+        except ValidationError as refusal:
+            lines = [f"{PREFIX}{str(e['loc'][0]).upper()}={e['input']!r}: {e['msg']}" for e in refusal.errors()]
+            raise ConfigurationError("; ".join(lines)) from None
+
+    def environment(self) -> dict[str, str]:
+        """These settings as environment variables, for the processes that are started with them."""
+        given = self.model_dump(mode="json", exclude_none=True)
+        return {f"{PREFIX}{name.upper()}": str(value) for name, value in given.items()}
