@@ -1,0 +1,1 @@
+"""The Feast repository: its configuration and what `feast apply` registers."""

@@ -1,0 +1,4 @@
+"""The `streamflow` command."""
+
+
+def main(): ...

@@ -1,0 +1,232 @@
+"""The feature store: the only module that talks to Feast.
+
+Builds Feast's objects from the contract, applies them, publishes months to the online store and retrieves
+point-in-time features for training. The serving process reads the online tables itself and never comes here.
+"""
+
+import contextlib
+import io
+import string
+from dataclasses import replace
+from datetime import datetime, timedelta
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import psycopg
+import yaml
+from psycopg import sql
+
+from streamflow.contract import AS_OF, CONTRACT, MONTH, SCHEMA, USER_ID, Contract, FeatureService, FeatureView
+from streamflow.database import Database
+from streamflow.errors import UnknownMonth
+from streamflow.months import Month
+from streamflow.settings import PROJECT_ROOT
+from streamflow.warehouse import MonthWrite, month_write, record, rows_digest
+
+if TYPE_CHECKING:
+    import feast
+
+REPOSITORY = PROJECT_ROOT / "feature_repo"
+EVENT_TIMESTAMP = "event_timestamp"
+OWNER = "data-science"
+ONLINE = "online"
+INSTANT = timedelta(microseconds=1)
+
+
+@cache
+def entity() -> "feast.Entity":
+    """The customer, by ``user_id``."""
+    import feast
+
+    return feast.Entity(name="user", join_keys=[USER_ID], value_type=feast.ValueType.STRING, description="A customer.")
+
+
+def feature_views(contract: Contract = CONTRACT) -> list["feast.FeatureView"]:
+    """One Feast view for each view of the contract, with 64-bit fields in contract order."""
+    return [_feature_view(view) for view in contract.views]
+
+
+def feature_services(contract: Contract = CONTRACT) -> list["feast.FeatureService"]:
+    """One Feast service for each service of the contract."""
+    import feast
+
+    return [
+        feast.FeatureService(
+            name=service.name,
+            features=[_feature_view(view) for view in service.views],
+            description=service.description,
+            owner=OWNER,
+        )
+        for service in contract.services
+    ]
+
+
+def _feature_view(view: FeatureView) -> "feast.FeatureView":
+    import feast
+    from feast.infra.offline_stores.contrib.postgres_offline_store.postgres_source import PostgreSQLSource
+    from feast.types import Bool, Float64, Int64, String
+
+    types = {"category": String, "boolean": Bool, "integer": Int64, "float": Float64}
+    query = sql.SQL("SELECT {}, {}::timestamp AT TIME ZONE 'UTC' AS {}, {} FROM {}").format(
+        sql.Identifier(USER_ID),
+        sql.Identifier(AS_OF),
+        sql.Identifier(EVENT_TIMESTAMP),
+        sql.SQL(", ").join(sql.Identifier(column.name) for column in view.columns),
+        sql.Identifier(SCHEMA, view.snapshot),
+    )
+    return feast.FeatureView(
+        name=view.name,
+        entities=[entity()],
+        schema=[
+            feast.Field(
+                name=column.name,
+                dtype=types[column.kind],
+                description=column.description,
+                tags={"unit": column.unit} if column.unit else {},
+            )
+            for column in view.columns
+        ],
+        source=PostgreSQLSource(name=view.snapshot, query=query.as_string(None), timestamp_field=EVENT_TIMESTAMP),
+        ttl=timedelta(0),
+        description=view.description,
+        owner=OWNER,
+    )
+
+
+def environment(database: Database) -> dict[str, str]:
+    """The variables that `feature_store.yaml` names."""
+    parts = psycopg.conninfo.conninfo_to_dict(database.url)
+    return {
+        "STREAMFLOW_DATABASE_URL": database.url,
+        "STREAMFLOW_FEAST_REGISTRY_URL": database.sqlalchemy("feast"),
+        "STREAMFLOW_POSTGRES_HOST": str(parts["host"]),
+        "STREAMFLOW_POSTGRES_PORT": str(parts.get("port", 5432)),
+        "STREAMFLOW_POSTGRES_DATABASE": str(parts["dbname"]),
+        "STREAMFLOW_POSTGRES_USER": str(parts["user"]),
+        "STREAMFLOW_POSTGRES_PASSWORD": str(parts.get("password", "")),
+    }
+
+
+def feature_store(database: Database) -> "feast.FeatureStore":
+    """The feature store of `feature_repo/` on this database."""
+    import feast
+    from feast.repo_config import RepoConfig
+
+    text = string.Template((REPOSITORY / "feature_store.yaml").read_text())
+    config = yaml.safe_load(text.substitute(environment(database)))
+    return feast.FeatureStore(config=RepoConfig(**config, repo_path=REPOSITORY))
+
+
+def apply(store: "feast.FeatureStore", contract: Contract = CONTRACT) -> None:
+    """Register entity, views and services, and make the online tables."""
+    store.apply([entity(), *feature_views(contract), *feature_services(contract)])
+
+
+def publish(
+    database: Database, store: "feast.FeatureStore", view: FeatureView, month: Month, *, now: datetime
+) -> MonthWrite:
+    """Bring the online store to what it should hold once ``view``'s snapshot of ``month`` is part of it.
+
+    Each customer has the newest published month that knows them, in whatever order months are published or corrected.
+    Raises UnknownMonth when the month has no snapshot.
+    """
+    with database.connect() as connection:
+        snapshot = month_write(connection, view.snapshot, month)
+    with contextlib.redirect_stdout(io.StringIO()):
+        store.materialize(month.event_time - INSTANT, month.event_time, feature_views=[view.name])
+    published = replace(
+        snapshot,
+        relation=view.name,
+        sources={snapshot.relation: {"revision": snapshot.revision, "digest": snapshot.digest}},
+        written_at=now,
+    )
+    with database.connect() as connection:
+        _withdraw(connection, view, month)
+        record(connection, published)
+    return published
+
+
+def _withdraw(connection: psycopg.Connection[Any], view: FeatureView, month: Month) -> None:
+    """Customers that a corrected month no longer knows go back to the newest published month that does."""
+    names = [EVENT_TIMESTAMP, *(column.name for column in view.columns)]
+    parts = {
+        "online": sql.Identifier(ONLINE, view.name),
+        "snapshot": sql.Identifier(SCHEMA, view.snapshot),
+        "user_id": sql.Identifier(USER_ID),
+        "as_of": sql.Identifier(AS_OF),
+        "names": sql.SQL(", ").join(map(sql.Identifier, names)),
+        "values": sql.SQL(", ").join(sql.Identifier("snapshot", column.name) for column in view.columns),
+    }
+    given = {"event_time": month.event_time, "as_of": month.as_of, "view": view.name}
+    connection.execute(
+        sql.SQL(
+            """
+            CREATE TEMP TABLE withdrawn ON COMMIT DROP AS
+            SELECT {user_id} FROM {online} AS online
+            WHERE event_timestamp = %(event_time)s AND NOT EXISTS (
+                SELECT FROM {snapshot} AS snapshot
+                WHERE snapshot.{as_of} = %(as_of)s AND snapshot.{user_id} = online.{user_id}
+            )
+            """
+        ).format(**parts),
+        given,
+    )
+    connection.execute(
+        sql.SQL("DELETE FROM {online} USING withdrawn WHERE {online}.{user_id} = withdrawn.{user_id}").format(**parts)
+    )
+    connection.execute(
+        sql.SQL(
+            """
+            INSERT INTO {online} ({user_id}, {names})
+            SELECT DISTINCT ON (snapshot.{user_id})
+                snapshot.{user_id}, snapshot.{as_of}::timestamp AT TIME ZONE 'UTC', {values}
+            FROM withdrawn
+            JOIN {snapshot} AS snapshot USING ({user_id})
+            JOIN streamflow.month_writes AS published
+                ON published.relation = %(view)s AND published.month = to_char(snapshot.{as_of}, 'YYYY-MM')
+            WHERE snapshot.{as_of} < %(as_of)s
+            ORDER BY snapshot.{user_id}, snapshot.{as_of} DESC
+            """
+        ).format(**parts),
+        given,
+    )
+
+
+def online_digest(database: Database, view: FeatureView) -> str:
+    """SHA-256 of everything that the online store holds for a view, in the order of user_id."""
+    names = (USER_ID, EVENT_TIMESTAMP, *(column.name for column in view.columns))
+    query = sql.SQL("SELECT {} FROM {} ORDER BY {}").format(
+        sql.SQL(", ").join(map(sql.Identifier, names)), sql.Identifier(ONLINE, view.name), sql.Identifier(USER_ID)
+    )
+    with database.connect() as connection:
+        return rows_digest(connection, query)
+
+
+def historical_features(
+    store: "feast.FeatureStore", service: FeatureService, month: Month, contract: Contract = CONTRACT
+) -> pd.DataFrame:
+    """The service's features of each labelled customer as they were known on the month's last day.
+
+    Returns user_id, event_timestamp and the features, a row for each customer labelled for the month plus the
+    contract's label horizon. Raises UnknownMonth when no label of that month has landed.
+    """
+    query = sql.SQL(
+        "SELECT {user_id}, {event_time}::timestamptz AS {event_timestamp} FROM {labels} WHERE {month} = {key}"
+    )
+    labelled = month.shift(contract.label_horizon_months)
+    job: Any = store.get_historical_features(
+        entity_df=query.format(
+            user_id=sql.Identifier(USER_ID),
+            event_time=sql.Literal(month.event_time),
+            event_timestamp=sql.Identifier(EVENT_TIMESTAMP),
+            labels=sql.Identifier(SCHEMA, contract.label_table.name),
+            month=sql.Identifier(MONTH),
+            key=sql.Literal(str(labelled)),
+        ).as_string(None),
+        features=store.get_feature_service(service.name),
+    )
+    frame: pd.DataFrame = job.to_df()
+    if frame.empty:
+        raise UnknownMonth(f"no labels of {labelled} have landed; land its labels.csv, then train {month}")
+    return frame

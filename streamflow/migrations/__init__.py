@@ -1,0 +1,1 @@
+"""The platform's own tables, versioned by alembic. Contract tables follow `contract.py` instead (see warehouse.py)."""

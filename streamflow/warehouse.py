@@ -1,0 +1,419 @@
+"""The warehouse in PostgreSQL: DDL from the contract, month-wise replacement by COPY, snapshots, quality.
+
+A month of a relation is written in one transaction under one advisory lock, so that a crash leaves the old month
+or the new one. Reading CSVs belongs to landing.py, features to features.py.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import psycopg
+import pyarrow as pa
+import pyarrow.csv
+from psycopg import sql
+
+from streamflow.contract import AS_OF, CONTRACT, MONTH, SCHEMA, USER_ID, Column, Contract, Table
+from streamflow.database import Database
+from streamflow.errors import ConfigurationError, UnknownMonth
+from streamflow.months import Month
+
+TYPES = {
+    "id": 'text COLLATE "C"',
+    "category": "text",
+    "boolean": "boolean",
+    "integer": "bigint",
+    "float": "double precision",
+    "date": "date",
+}
+TOOL_SCHEMAS = ("online", "feast", "mlflow", "dagster")
+INSERT_ONLY = ("model_versions", "promotion_ledger")
+COPY_BLOCK_ROWS = 100_000
+
+WITHIN_BOUNDS = "within_bounds"
+DATES_AGREE = "dates_agree_with_partition"
+FINDINGS = ("row_count_equals_source", "key_is_unique", WITHIN_BOUNDS, DATES_AGREE)
+
+
+@dataclass(frozen=True)
+class MonthWrite:
+    """What a relation holds for a month; the digest is the file's SHA-256 for a table, the rows' for a snapshot."""
+
+    relation: str
+    month: Month
+    revision: int
+    digest: str
+    rows: int
+    sources: Mapping[str, Any]
+    written_at: datetime
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one quality check on one month of a relation, with what was counted."""
+
+    name: str
+    passed: bool
+    counts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> str:
+        """One line for people."""
+        return ", ".join(f"{name}: {count:,}" for name, count in self.counts.items()) or "nothing counted"
+
+
+def migrate(database: Database, contract: Contract = CONTRACT) -> list[str]:
+    """Bring the database to this version's schema; returns what was changed.
+
+    The platform's own tables follow numbered alembic migrations; the contract's tables are created, and given the
+    columns they lack, from the contract. Raises ConfigurationError where only a person can decide: a column whose
+    type changed, or one that the contract no longer has.
+    """
+    platform_role = psycopg.conninfo.conninfo_to_dict(database.url)["user"]
+    with database.connect(owner=True) as connection:
+        connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('streamflow migrate', 0))")
+        for schema in (SCHEMA, *TOOL_SCHEMAS):
+            connection.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(sql.Identifier(schema)))
+    changes = _upgrade(database)
+    with database.connect(owner=True) as connection:
+        connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('streamflow migrate', 0))")
+        changes += _follow_contract(connection, contract)
+        _grant(connection, str(platform_role))
+    return changes
+
+
+def _upgrade(database: Database) -> list[str]:
+    import alembic.command
+    import alembic.config
+    import alembic.runtime.migration
+    import alembic.script
+    import sqlalchemy
+
+    config = alembic.config.Config()
+    config.set_main_option("script_location", "streamflow:migrations")
+    config.set_main_option("path_separator", "os")
+    scripts = alembic.script.ScriptDirectory.from_config(config)
+    engine = sqlalchemy.create_engine(database.sqlalchemy(SCHEMA, owner=True), poolclass=sqlalchemy.pool.NullPool)
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(hashtextextended('streamflow migrate', 0))"))
+        context = alembic.runtime.migration.MigrationContext.configure(
+            connection, opts={"version_table_schema": SCHEMA}
+        )
+        before = context.get_current_revision()
+        known = {script.revision for script in scripts.walk_revisions()}
+        if before is not None and before not in known:
+            raise ConfigurationError(
+                f"the database is at migration {before}, which this version of StreamFlow does not know; "
+                "use the version that migrated it, or another database"
+            )
+        config.attributes["connection"] = connection
+        alembic.command.upgrade(config, "head")
+        after = context.get_current_revision()
+    return [] if before == after else [f"migrated from {before or 'an empty database'} to {after}"]
+
+
+def _follow_contract(connection: psycopg.Connection[Any], contract: Contract) -> list[str]:
+    changes = []
+    for relation, key, values in _relations(contract):
+        present = _present_columns(connection, relation)
+        keys = {MONTH: "text", AS_OF: "date", USER_ID: "text"}
+        wanted = {name: keys[name] for name in key} | {column.name: TYPES[column.kind] for column in values}
+        if not present:
+            connection.execute(create_table(relation, key, values))
+            changes.append(f"created {relation}")
+            continue
+        if extra := sorted(present.keys() - wanted.keys()):
+            raise ConfigurationError(
+                f"the warehouse table {relation} has columns that the contract lacks: {', '.join(extra)}; "
+                "write a migration that drops or keeps them"
+            )
+        for name, kind in wanted.items():
+            if name not in present:
+                column = sql.SQL("ALTER TABLE {} ADD COLUMN {} {}").format(
+                    sql.Identifier(SCHEMA, relation), sql.Identifier(name), sql.SQL(kind)
+                )
+                connection.execute(column)
+                changes.append(f"added {relation}.{name}; months landed before carry no value until landed again")
+            elif present[name] != kind:
+                raise ConfigurationError(
+                    f"{relation}.{name} is {present[name]} in the warehouse and {kind} in the contract; "
+                    "write a migration"
+                )
+    return changes
+
+
+def _relations(contract: Contract) -> Iterable[tuple[str, tuple[str, str], tuple[Column, ...]]]:
+    for table in contract.tables:
+        yield table.name, (MONTH, USER_ID), table.values
+        if table.snapshot:
+            yield table.snapshot, (AS_OF, USER_ID), table.values
+
+
+def _present_columns(connection: psycopg.Connection[Any], relation: str) -> dict[str, str]:
+    rows = connection.execute(
+        "SELECT column_name, data_type FROM information_schema.columns WHERE table_schema = %s AND table_name = %s",
+        (SCHEMA, relation),
+    )
+    return dict(rows.fetchall())
+
+
+def create_table(relation: str, key: tuple[str, str], values: Iterable[Column]) -> sql.Composed:
+    """The DDL of a contract table or snapshot.
+
+    A snapshot's values may be null: a customer of the month whom a feature file lacks has a row that says so.
+    """
+    period, _ = key
+    columns = [
+        sql.SQL("{} {} NOT NULL").format(sql.Identifier(period), sql.SQL("date" if period == AS_OF else "text")),
+        sql.SQL("{} {} NOT NULL").format(sql.Identifier(USER_ID), sql.SQL(TYPES["id"])),
+    ]
+    for column in values:
+        nullable = column.nullable or period == AS_OF
+        definition = sql.SQL("{} {}" if nullable else "{} {} NOT NULL")
+        columns.append(definition.format(sql.Identifier(column.name), sql.SQL(TYPES[column.kind])))
+    return sql.SQL("CREATE TABLE {} ({}, PRIMARY KEY ({}))").format(
+        sql.Identifier(SCHEMA, relation), sql.SQL(", ").join(columns), sql.SQL(", ").join(map(sql.Identifier, key))
+    )
+
+
+def _grant(connection: psycopg.Connection[Any], role: str) -> None:
+    name = sql.Identifier(role)
+    for schema in TOOL_SCHEMAS:
+        connection.execute(sql.SQL("GRANT USAGE, CREATE ON SCHEMA {} TO {}").format(sql.Identifier(schema), name))
+    for statement in (
+        "GRANT USAGE ON SCHEMA {} TO {}",
+        "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {} TO {}",
+    ):
+        connection.execute(sql.SQL(statement).format(sql.Identifier(SCHEMA), name))
+    for table in (*INSERT_ONLY, "alembic_version"):
+        writes = "INSERT, UPDATE, DELETE" if table == "alembic_version" else "UPDATE, DELETE"
+        connection.execute(
+            sql.SQL("REVOKE {} ON {} FROM {}").format(sql.SQL(writes), sql.Identifier(SCHEMA, table), name)
+        )
+
+
+def write_month(
+    database: Database,
+    table: Table,
+    month: Month,
+    rows: pa.Table,
+    *,
+    digest: str,
+    revision: int,
+    now: datetime,
+) -> MonthWrite:
+    """Replace what ``table`` holds for ``month`` by ``rows`` (user_id and values, typed) in one transaction."""
+    names = [MONTH, USER_ID, *(column.name for column in table.values)]
+    keyed = rows.append_column(MONTH, pa.repeat(pa.scalar(str(month)), rows.num_rows)).select(names)
+    written = MonthWrite(table.name, month, revision, digest, rows.num_rows, {}, now)
+    with database.connect() as connection:
+        _lock(connection, table.name, month)
+        connection.execute(
+            sql.SQL("DELETE FROM {} WHERE {} = %s").format(sql.Identifier(SCHEMA, table.name), sql.Identifier(MONTH)),
+            (str(month),),
+        )
+        copy_in(connection, sql.Identifier(SCHEMA, table.name), keyed)
+        record(connection, written)
+    return written
+
+
+def build_snapshot(
+    database: Database, table: Table, month: Month, *, now: datetime, contract: Contract = CONTRACT
+) -> MonthWrite:
+    """Replace the snapshot of ``table`` as of the month's last day: one row for each customer in users.
+
+    A customer whom the feature file lacks has nulls, so that nobody takes an older month's values for theirs.
+    Raises UnknownMonth when users or the table do not hold the month.
+    """
+    users = contract.tables[0]
+    values = sql.SQL(", ").join(sql.Identifier(column.name) for column in table.values)
+    insert = sql.SQL(
+        """
+        INSERT INTO {snapshot} ({as_of}, {user_id}, {values})
+        SELECT %(as_of)s, users.{user_id}, {sourced}
+        FROM {users} AS users
+        LEFT JOIN {source} AS source ON source.{month} = users.{month} AND source.{user_id} = users.{user_id}
+        WHERE users.{month} = %(month)s
+        """
+    ).format(
+        snapshot=sql.Identifier(SCHEMA, str(table.snapshot)),
+        as_of=sql.Identifier(AS_OF),
+        user_id=sql.Identifier(USER_ID),
+        month=sql.Identifier(MONTH),
+        values=values,
+        sourced=sql.SQL(", ").join(sql.Identifier("source", column.name) for column in table.values),
+        users=sql.Identifier(SCHEMA, users.name),
+        source=sql.Identifier(SCHEMA, table.name),
+    )
+    snapshot = str(table.snapshot)
+    with database.connect() as connection:
+        for relation in sorted({users.name, table.name, snapshot}):
+            _lock(connection, relation, month)
+        sources = {name: month_write(connection, name, month) for name in (users.name, table.name)}
+        connection.execute(
+            sql.SQL("DELETE FROM {} WHERE {} = %s").format(sql.Identifier(SCHEMA, snapshot), sql.Identifier(AS_OF)),
+            (month.as_of,),
+        )
+        inserted = connection.execute(insert, {"as_of": month.as_of, "month": str(month)})
+        written = MonthWrite(
+            snapshot,
+            month,
+            sources[table.name].revision,
+            snapshot_digest(connection, table, month),
+            inserted.rowcount,
+            {name: {"revision": write.revision, "sha256": write.digest} for name, write in sources.items()},
+            now,
+        )
+        record(connection, written)
+    return written
+
+
+def snapshot_digest(connection: psycopg.Connection[Any], table: Table, month: Month) -> str:
+    """SHA-256 of a snapshot's rows in the order of user_id."""
+    names = (AS_OF, USER_ID, *(column.name for column in table.values))
+    query = sql.SQL("SELECT {} FROM {} WHERE {} = {} ORDER BY {}").format(
+        sql.SQL(", ").join(map(sql.Identifier, names)),
+        sql.Identifier(SCHEMA, str(table.snapshot)),
+        sql.Identifier(AS_OF),
+        sql.Literal(month.as_of),
+        sql.Identifier(USER_ID),
+    )
+    return rows_digest(connection, query)
+
+
+def rows_digest(connection: psycopg.Connection[Any], query: sql.Composable) -> str:
+    """SHA-256 of an ordered query's rows as CSV; floats in their shortest exact form, times in UTC."""
+    connection.execute("SET LOCAL datestyle = 'ISO'; SET LOCAL timezone = 'UTC'; SET LOCAL extra_float_digits = 1")
+    digest = hashlib.sha256()
+    with (
+        connection.cursor() as cursor,
+        cursor.copy(sql.SQL("COPY ({}) TO STDOUT (FORMAT csv, HEADER)").format(query)) as copy,
+    ):
+        for block in copy:
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def month_write(connection: psycopg.Connection[Any], relation: str, month: Month) -> MonthWrite:
+    """What ``relation`` holds for ``month``; raises UnknownMonth when it holds nothing."""
+    row = connection.execute(
+        "SELECT revision, digest, rows, sources, written_at FROM streamflow.month_writes "
+        "WHERE relation = %s AND month = %s",
+        (relation, str(month)),
+    ).fetchone()
+    if row is None:
+        raise UnknownMonth(f"{relation} holds nothing for {month}; land the month and materialize {relation} first")
+    return MonthWrite(relation, month, *row)
+
+
+def month_writes(database: Database) -> list[MonthWrite]:
+    """What every relation holds, by month and relation."""
+    with database.connect() as connection:
+        rows = connection.execute(
+            "SELECT relation, month, revision, digest, rows, sources, written_at "
+            "FROM streamflow.month_writes ORDER BY month, relation"
+        ).fetchall()
+    return [MonthWrite(relation, Month.parse(month), *rest) for relation, month, *rest in rows]
+
+
+def record(connection: psycopg.Connection[Any], written: MonthWrite) -> None:
+    """State what a relation now holds for a month; call it in the transaction that writes the rows."""
+    connection.execute(
+        """
+        INSERT INTO streamflow.month_writes (relation, month, revision, digest, rows, sources, written_at)
+        VALUES (%s, %s, %s, %s, %s, %s, %s)
+        ON CONFLICT (relation, month) DO UPDATE SET
+            (revision, digest, rows, sources, written_at)
+            = (EXCLUDED.revision, EXCLUDED.digest, EXCLUDED.rows, EXCLUDED.sources, EXCLUDED.written_at)
+        """,
+        (
+            written.relation,
+            str(written.month),
+            written.revision,
+            written.digest,
+            written.rows,
+            json.dumps(dict(written.sources), sort_keys=True),
+            written.written_at,
+        ),
+    )
+
+
+def copy_in(connection: psycopg.Connection[Any], target: sql.Composable, rows: pa.Table) -> None:
+    """COPY an Arrow table into the columns of ``target`` that bear its names."""
+    names = sql.SQL(", ").join(map(sql.Identifier, rows.column_names))
+    statement = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT csv)").format(target, names)
+    with connection.cursor() as cursor, cursor.copy(statement) as copy:
+        for batch in rows.to_batches(max_chunksize=COPY_BLOCK_ROWS):
+            block = io.BytesIO()
+            pyarrow.csv.write_csv(batch, block, pyarrow.csv.WriteOptions(include_header=False))
+            copy.write(block.getbuffer())
+
+
+def landing_findings(database: Database, table: Table, month: Month) -> list[Finding]:
+    """Check a landed month in the warehouse against its source, its key, its bounds and its own partition."""
+    return _findings(database, table, table.name, (MONTH, str(month)), month, table.name)
+
+
+def snapshot_findings(database: Database, table: Table, month: Month, contract: Contract = CONTRACT) -> list[Finding]:
+    """Check a month's snapshot against users (one row each), its key, its bounds and its own partition."""
+    return _findings(database, table, str(table.snapshot), (AS_OF, month.as_of), month, contract.tables[0].name)
+
+
+def _findings(
+    database: Database, table: Table, relation: str, period: tuple[str, object], month: Month, source: str
+) -> list[Finding]:
+    tests = {
+        ("rows", "rows"): sql.SQL("count(*)"),
+        ("rows", "different keys"): sql.SQL("count(DISTINCT {})").format(sql.Identifier(USER_ID)),
+        **dict(_violations(table, month)),
+    }
+    column, value = period
+    query = sql.SQL("SELECT {} FROM {} WHERE {} = %s").format(
+        sql.SQL(", ").join(tests.values()), sql.Identifier(SCHEMA, relation), sql.Identifier(column)
+    )
+    with database.connect() as connection:
+        counted = dict(zip(tests, connection.execute(query, (value,)).fetchone() or (), strict=True))
+        source_rows = month_write(connection, source, month).rows
+    rows, keys = counted[("rows", "rows")], counted[("rows", "different keys")]
+    findings = [
+        Finding("row_count_equals_source", rows == source_rows > 0, {"rows": rows, "source rows": source_rows}),
+        Finding("key_is_unique", rows == keys, {"rows": rows, "different keys": keys}),
+    ]
+    for name in (WITHIN_BOUNDS, DATES_AGREE):
+        counts = {label: count for (check, label), count in counted.items() if check == name}
+        findings.append(Finding(name, not any(counts.values()), counts))
+    return findings
+
+
+def _violations(table: Table, month: Month) -> Iterator[tuple[tuple[str, str], sql.Composed]]:
+    for column in table.values:
+        if condition := _out_of_bounds(column):
+            yield (WITHIN_BOUNDS, column.name), sql.SQL("count(*) FILTER (WHERE {})").format(condition)
+        if column.not_after_as_of:
+            yield (
+                (DATES_AGREE, f"{column.name} after as_of"),
+                sql.SQL("count(*) FILTER (WHERE {} > {})").format(
+                    sql.Identifier(column.name), sql.Literal(month.as_of)
+                ),
+            )
+
+
+def _out_of_bounds(column: Column) -> sql.Composable | None:
+    name = sql.Identifier(column.name)
+    conditions = []
+    for bound, operator in ((column.low, "<"), (column.high, ">"), (column.earliest, "<")):
+        if bound is not None:
+            conditions.append(sql.SQL(f"{{}} {operator} {{}}").format(name, sql.Literal(bound)))
+    if column.kind == "float":
+        conditions.append(sql.SQL("{} = 'NaN'").format(name))
+    if column.categories:
+        conditions.append(sql.SQL("NOT {} = ANY({})").format(name, sql.Literal(list(column.categories))))
+    return sql.SQL(" OR ").join(conditions) if conditions else None
+
+
+def _lock(connection: psycopg.Connection[Any], relation: str, month: Month) -> None:
+    connection.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", (f"{SCHEMA}.{relation} {month}",))
