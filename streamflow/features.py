@@ -138,7 +138,7 @@ def publish(
     published = replace(
         snapshot,
         relation=view.name,
-        sources={snapshot.relation: {"revision": snapshot.revision, "digest": snapshot.digest}},
+        sources={snapshot.relation: snapshot.as_source},
         written_at=now,
     )
     with database.connect() as connection:

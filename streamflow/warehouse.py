@@ -6,16 +6,17 @@ or the new one. Reading CSVs belongs to landing.py, features to features.py.
 
 import hashlib
 import io
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, TypedDict
 
+import pandas as pd
 import psycopg
 import pyarrow as pa
 import pyarrow.csv
 from psycopg import sql
+from psycopg.types.json import Jsonb
 
 from streamflow.contract import AS_OF, CONTRACT, MONTH, SCHEMA, USER_ID, Column, Contract, Table
 from streamflow.database import Database
@@ -39,17 +40,34 @@ DATES_AGREE = "dates_agree_with_partition"
 FINDINGS = ("row_count_equals_source", "key_is_unique", WITHIN_BOUNDS, DATES_AGREE)
 
 
+class Source(TypedDict):
+    """Which revision of a relation, and which content, something was made from."""
+
+    revision: int
+    digest: str
+
+
 @dataclass(frozen=True)
 class MonthWrite:
-    """What a relation holds for a month; the digest is the file's SHA-256 for a table, the rows' for a snapshot."""
+    """What a relation of the graph holds for a month.
+
+    ``digest`` is that of the file for a table and that of the content for all else; ``sources`` gives revision and
+    digest of each relation that it was made from, ``facts`` whatever else is needed to go on from it.
+    """
 
     relation: str
     month: Month
     revision: int
     digest: str
     rows: int
-    sources: Mapping[str, Any]
+    sources: Mapping[str, Source]
     written_at: datetime
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def as_source(self) -> Source:
+        """How what is made from this names it."""
+        return {"revision": self.revision, "digest": self.digest}
 
 
 @dataclass(frozen=True)
@@ -265,8 +283,9 @@ def build_snapshot(
             sources[table.name].revision,
             snapshot_digest(connection, table, month),
             inserted.rowcount,
-            {name: {"revision": write.revision, "sha256": write.digest} for name, write in sources.items()},
+            {name: write.as_source for name, write in sources.items()},
             now,
+            {"missing": inserted.rowcount - sources[table.name].rows},
         )
         record(connection, written)
     return written
@@ -301,7 +320,7 @@ def rows_digest(connection: psycopg.Connection[Any], query: sql.Composable) -> s
 def month_write(connection: psycopg.Connection[Any], relation: str, month: Month) -> MonthWrite:
     """What ``relation`` holds for ``month``; raises UnknownMonth when it holds nothing."""
     row = connection.execute(
-        "SELECT revision, digest, rows, sources, written_at FROM streamflow.month_writes "
+        "SELECT revision, digest, rows, sources, written_at, facts FROM streamflow.month_writes "
         "WHERE relation = %s AND month = %s",
         (relation, str(month)),
     ).fetchone()
@@ -314,7 +333,7 @@ def month_writes(database: Database) -> list[MonthWrite]:
     """What every relation holds, by month and relation."""
     with database.connect() as connection:
         rows = connection.execute(
-            "SELECT relation, month, revision, digest, rows, sources, written_at "
+            "SELECT relation, month, revision, digest, rows, sources, written_at, facts "
             "FROM streamflow.month_writes ORDER BY month, relation"
         ).fetchall()
     return [MonthWrite(relation, Month.parse(month), *rest) for relation, month, *rest in rows]
@@ -324,22 +343,33 @@ def record(connection: psycopg.Connection[Any], written: MonthWrite) -> None:
     """State what a relation now holds for a month; call it in the transaction that writes the rows."""
     connection.execute(
         """
-        INSERT INTO streamflow.month_writes (relation, month, revision, digest, rows, sources, written_at)
-        VALUES (%s, %s, %s, %s, %s, %s, %s)
+        INSERT INTO streamflow.month_writes (relation, month, revision, digest, rows, sources, facts, written_at)
+        VALUES (%(relation)s, %(month)s, %(revision)s, %(digest)s, %(rows)s, %(sources)s, %(facts)s, %(written_at)s)
         ON CONFLICT (relation, month) DO UPDATE SET
-            (revision, digest, rows, sources, written_at)
-            = (EXCLUDED.revision, EXCLUDED.digest, EXCLUDED.rows, EXCLUDED.sources, EXCLUDED.written_at)
+            (revision, digest, rows, sources, facts, written_at) = ROW (
+                EXCLUDED.revision, EXCLUDED.digest, EXCLUDED.rows, EXCLUDED.sources, EXCLUDED.facts, EXCLUDED.written_at
+            )
         """,
-        (
-            written.relation,
-            str(written.month),
-            written.revision,
-            written.digest,
-            written.rows,
-            json.dumps(dict(written.sources), sort_keys=True),
-            written.written_at,
-        ),
+        {
+            **vars(written),
+            "month": str(written.month),
+            "sources": Jsonb(dict(written.sources)),
+            "facts": Jsonb(dict(written.facts)),
+        },
     )
+
+
+def labels(database: Database, month: Month, contract: Contract = CONTRACT) -> pd.DataFrame:
+    """The labels that landed for a month: user_id and the label, a row for each labelled customer."""
+    query = sql.SQL("SELECT {}, {} FROM {} WHERE {} = %s ORDER BY 1").format(
+        sql.Identifier(USER_ID),
+        sql.Identifier(contract.label),
+        sql.Identifier(SCHEMA, contract.label_table.name),
+        sql.Identifier(MONTH),
+    )
+    with database.connect() as connection:
+        rows = connection.execute(query, (str(month),)).fetchall()
+    return pd.DataFrame(rows, columns=[USER_ID, contract.label])
 
 
 def copy_in(connection: psycopg.Connection[Any], target: sql.Composable, rows: pa.Table) -> None:

@@ -16,6 +16,7 @@ STATEMENTS = (
         digest text NOT NULL,
         rows bigint NOT NULL CHECK (rows >= 0),
         sources jsonb NOT NULL,
+        facts jsonb NOT NULL,
         written_at timestamptz NOT NULL,
         PRIMARY KEY (relation, month)
     )

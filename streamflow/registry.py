@@ -1,0 +1,227 @@
+"""The model registry: the only module that talks to MLflow.
+
+Logs a training run with everything that speaks for it, registers versions and moves their stages. It decides
+nothing: whether a version may become Production is promotion.py's business and the ledger's to say.
+"""
+
+import functools
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pandas as pd
+
+from streamflow.contract import Column, FeatureService
+from streamflow.database import Database
+from streamflow.errors import RegistryUnavailable, UnknownVersion
+from streamflow.settings import Settings
+
+if TYPE_CHECKING:
+    import mlflow
+    from mlflow.models import ModelSignature
+
+EXPERIMENT = "streamflow"
+MODEL = "streamflow_churn"
+PRODUCTION = "Production"
+STAGING = "Staging"
+ARCHIVED = "Archived"
+ALIAS = "production"
+SCORER_PATH = "scorer/scorer.bin"
+MODEL_NAME = "model"
+HEALTH_TIMEOUT_S = 3.0
+
+SIGNATURE_TYPES = {"category": "string", "boolean": "boolean", "integer": "long", "float": "double"}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one training run leaves behind: artifacts are file names with bytes, text or tables."""
+
+    name: str
+    pipeline: Any
+    service: FeatureService
+    example: pd.DataFrame
+    scorer: bytes
+    parameters: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+    images: Mapping[str, bytes] = field(default_factory=dict)
+    documents: Mapping[str, Any] = field(default_factory=dict)
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RegisteredVersion:
+    """A version as MLflow has it."""
+
+    version: int
+    run_id: str
+    stage: str
+
+
+def signature(service: FeatureService) -> "ModelSignature":
+    """The MLflow signature of a model on this feature service: typed inputs in feature order, a churn flag out."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema
+
+    def spec(column: Column) -> ColSpec:
+        return ColSpec(SIGNATURE_TYPES[column.kind], column.name)
+
+    return ModelSignature(
+        inputs=Schema([spec(column) for column in service.columns]), outputs=Schema([ColSpec("boolean")])
+    )
+
+
+class Registry:
+    """MLflow behind an HTTP address or directly on its tables; every failure to reach it is RegistryUnavailable."""
+
+    def __init__(self, settings: Settings, database: Database) -> None:
+        self.uri = settings.mlflow_uri or database.sqlalchemy("mlflow")
+        self._http = settings.mlflow_uri is not None
+        self._artifacts = None if self._http else str(settings.home / "mlflow" / "artifacts")
+
+    @contextmanager
+    def _reachable(self) -> Iterator["mlflow.MlflowClient"]:
+        import mlflow
+        import sqlalchemy.exc
+        from mlflow.exceptions import MlflowException
+
+        try:
+            if self._http:
+                httpx.get(f"{self.uri}/health", timeout=HEALTH_TIMEOUT_S).raise_for_status()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                yield mlflow.MlflowClient(self.uri, self.uri)
+        except (httpx.HTTPError, sqlalchemy.exc.OperationalError) as failure:
+            raise RegistryUnavailable(f"MLflow does not answer: {failure}") from failure
+        except MlflowException as failure:
+            if failure.error_code == "RESOURCE_DOES_NOT_EXIST":
+                raise UnknownVersion(f"MLflow has no such entry: {failure.message}") from failure
+            raise RegistryUnavailable(f"MLflow refused: {failure.message}") from failure
+
+    @functools.cached_property
+    def experiment_id(self) -> str:
+        """The experiment's id; it is made when it isn't there."""
+        with self._reachable() as client:
+            experiment = client.get_experiment_by_name(EXPERIMENT)
+            if experiment is not None:
+                return str(experiment.experiment_id)
+            return str(client.create_experiment(EXPERIMENT, artifact_location=self._artifacts))
+
+    def log(self, evidence: Evidence) -> str:
+        """Log a run with its pipeline, scorer and evidence; returns the run's id. A failed run is marked failed."""
+        import mlflow
+
+        experiment_id = self.experiment_id
+        with self._reachable() as client:
+            mlflow.set_tracking_uri(self.uri)
+            mlflow.set_registry_uri(self.uri)
+            with mlflow.start_run(experiment_id=experiment_id, run_name=evidence.name) as run:
+                mlflow.log_params(dict(evidence.parameters))
+                mlflow.log_metrics(dict(evidence.metrics))
+                mlflow.set_tags(dict(evidence.tags))
+                self._log_pipeline(evidence)
+                with tempfile.TemporaryDirectory() as folder:
+                    _write_artifacts(Path(folder), evidence)
+                    client.log_artifacts(run.info.run_id, folder)
+                return str(run.info.run_id)
+
+    def _log_pipeline(self, evidence: Evidence) -> None:
+        import mlflow.sklearn
+
+        mlflow.sklearn.log_model(
+            evidence.pipeline,
+            name=MODEL_NAME,
+            signature=signature(evidence.service),
+            input_example=evidence.example,
+            pip_requirements=[f"{package}=={version}" for package, version in model_requirements().items()],
+            serialization_format=mlflow.sklearn.SERIALIZATION_FORMAT_CLOUDPICKLE,
+        )
+
+    def register(self, run_id: str, *, tags: Mapping[str, str], description: str) -> int:
+        """Make the run's model the next version of the registered model; returns its number."""
+        from mlflow.exceptions import MlflowException
+
+        with self._reachable() as client:
+            try:
+                client.get_registered_model(MODEL)
+            except MlflowException as missing:
+                if missing.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                client.create_registered_model(MODEL, description="Probability that a customer churns in the month.")
+            outputs = client.get_run(run_id).outputs.model_outputs
+            if len(outputs) != 1:
+                raise UnknownVersion(f"run {run_id} logged {len(outputs)} models; train the month again")
+            made = client.create_model_version(
+                MODEL,
+                source=f"models:/{outputs[0].model_id}",
+                run_id=run_id,
+                tags=dict(tags),
+                description=description,
+            )
+            return int(made.version)
+
+    def delete(self, version: int) -> None:
+        """Take back a version whose registration could not be completed."""
+        with self._reachable() as client:
+            client.delete_model_version(MODEL, str(version))
+
+    def versions(self) -> dict[int, RegisteredVersion]:
+        """Every registered version by number."""
+        with self._reachable() as client:
+            found = client.search_model_versions(f"name = '{MODEL}'")
+            return {
+                int(one.version): RegisteredVersion(int(one.version), str(one.run_id), str(one.current_stage))
+                for one in found
+            }
+
+    def version(self, version: int) -> RegisteredVersion:
+        """One version; raises UnknownVersion."""
+        with self._reachable() as client:
+            one = client.get_model_version(MODEL, str(version))
+            return RegisteredVersion(int(one.version), str(one.run_id), str(one.current_stage))
+
+    def set_stage(self, version: int, stage: str) -> None:
+        """Move one version to a stage; Production displaces whatever is there and carries the alias `production`."""
+        with self._reachable() as client:
+            client.transition_model_version_stage(
+                MODEL, str(version), stage, archive_existing_versions=stage == PRODUCTION
+            )
+            if stage == PRODUCTION:
+                client.set_registered_model_alias(MODEL, ALIAS, str(version))
+
+    def scorer(self, run_id: str) -> bytes:
+        """The bytes of the run's compiled scorer."""
+        import mlflow.artifacts
+
+        with self._reachable(), tempfile.TemporaryDirectory() as folder:
+            path = mlflow.artifacts.download_artifacts(
+                run_id=run_id, artifact_path=SCORER_PATH, dst_path=folder, tracking_uri=self.uri
+            )
+            return Path(path).read_bytes()
+
+
+def model_requirements() -> dict[str, str]:
+    """The installed versions of the libraries that a loaded pipeline needs."""
+    from importlib.metadata import version
+
+    return {package: version(package) for package in ("scikit-learn", "numpy", "pandas", "scipy", "cloudpickle")}
+
+
+def _write_artifacts(folder: Path, evidence: Evidence) -> None:
+    import json
+
+    scorer = folder / SCORER_PATH
+    scorer.parent.mkdir(parents=True)
+    scorer.write_bytes(evidence.scorer)
+    for name, image in evidence.images.items():
+        (folder / name).write_bytes(image)
+    for name, document in evidence.documents.items():
+        (folder / name).write_text(json.dumps(document, indent=2) + "\n")
+    for name, table in evidence.tables.items():
+        table.to_csv(folder / name, index=False, lineterminator="\n")

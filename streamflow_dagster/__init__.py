@@ -1,0 +1,1 @@
+"""The asset graph: a thin face of Dagster over the core."""

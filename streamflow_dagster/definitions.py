@@ -1,0 +1,19 @@
+"""The code location: assembles the graph, decides nothing."""
+
+from dagster import Definitions, in_process_executor
+
+from streamflow_dagster.defs import feature_views, jobs, landing, model, snapshots
+from streamflow_dagster.defs.resources import PlatformResource
+
+
+def build_definitions(core: PlatformResource | None = None) -> Definitions:
+    """The graph over the platform that the environment describes, or over another one for tests."""
+    return Definitions(
+        assets=[*landing.ASSETS, *snapshots.ASSETS, *feature_views.ASSETS, *model.ASSETS],
+        jobs=jobs.JOBS,
+        resources={"core": core or PlatformResource()},
+        executor=in_process_executor,
+    )
+
+
+defs = build_definitions()

@@ -1,0 +1,31 @@
+"""The blocking checks after landing, after the snapshots and before registration."""
+
+from dagster import AssetCheckSpec
+
+from streamflow.warehouse import FINDINGS
+from streamflow_dagster.defs.partitions import MONTHLY
+
+MEANINGS = {
+    "row_count_equals_source": "There are as many rows as in the source, and some.",
+    "key_is_unique": "No customer stands twice in a month.",
+    "within_bounds": "Every value is within the bounds and categories of the contract.",
+    "dates_agree_with_partition": "No date of the month lies after its last day.",
+}
+AGREES = "compiled_scorer_agrees"
+
+
+def blocking(name: str, asset: str, description: str) -> AssetCheckSpec:
+    """A check that stops everything downstream of its month when it fails, and nothing of other months."""
+    return AssetCheckSpec(name, asset=asset, description=description, blocking=True, partitions_def=MONTHLY)
+
+
+def of_rows(asset: str) -> list[AssetCheckSpec]:
+    """The checks of a table or snapshot."""
+    return [blocking(name, asset, MEANINGS[name]) for name in FINDINGS]
+
+
+def of_model(asset: str) -> list[AssetCheckSpec]:
+    """The checks that stand before registration."""
+    return [
+        blocking(AGREES, asset, "The compiled scorer gives every customer the pipeline's probability and decision.")
+    ]

@@ -1,0 +1,36 @@
+"""The feature views: a month of a snapshot, published to the online store."""
+
+from typing import Any
+
+from dagster import AssetExecutionContext, AssetsDefinition, MaterializeResult, asset
+
+from streamflow import pipeline
+from streamflow.contract import CONTRACT, FeatureView
+from streamflow_dagster.defs.partitions import MONTHLY
+from streamflow_dagster.defs.resources import PlatformResource
+from streamflow_dagster.defs.results import OWNERS, materialized, month_of
+
+CODE = pipeline.code_version("contract", "features", "online_store")
+
+
+def published(view: FeatureView) -> AssetsDefinition:
+    """The asset of one feature view."""
+
+    @asset(
+        name=view.name,
+        deps=[view.snapshot],
+        group_name="feature_views",
+        description=view.description,
+        owners=OWNERS,
+        kinds={"feast", "postgres"},
+        code_version=CODE,
+        partitions_def=MONTHLY,
+        metadata={"features": [column.name for column in view.columns]},
+    )
+    def feature_view(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult[Any]:
+        return materialized(pipeline.publish_view(core.platform, view, month_of(context), core.now()))
+
+    return feature_view
+
+
+ASSETS = [published(view) for view in CONTRACT.views]

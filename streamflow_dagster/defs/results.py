@@ -1,0 +1,64 @@
+"""How a month's write and its findings are shown in Dagster."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dagster import (
+    AssetCheckResult,
+    AssetCheckSeverity,
+    AssetExecutionContext,
+    DataVersion,
+    MaterializeResult,
+    MetadataValue,
+)
+
+from streamflow.months import Month
+from streamflow.promotion import Gate
+from streamflow.warehouse import Finding, MonthWrite
+
+OWNERS = ["team:platform"]
+
+
+def month_of(context: AssetExecutionContext) -> Month:
+    """The month that a run materializes."""
+    return Month.parse(context.partition_key)
+
+
+def materialized(
+    written: MonthWrite, *, checks: Iterable[AssetCheckResult] = (), more: Mapping[str, Any] | None = None
+) -> MaterializeResult[Any]:
+    """A month's write: its content is the data version, so that unchanged content leaves downstream fresh."""
+    sources = {name: f"revision {one['revision']}, {one['digest'][:12]}" for name, one in written.sources.items()}
+    return MaterializeResult(
+        asset_key=written.relation,
+        data_version=DataVersion(written.digest),
+        check_results=list(checks),
+        metadata={
+            "dagster/row_count": written.rows,
+            "revision": written.revision,
+            "digest": written.digest,
+            **({"made from": MetadataValue.json(sources)} if sources else {}),
+            **(more or {}),
+        },
+    )
+
+
+def check_results(findings: Iterable[Finding], asset: str) -> list[AssetCheckResult]:
+    """What each finding counted, as the outcome of the check of its name."""
+    return [
+        AssetCheckResult(
+            passed=finding.passed,
+            check_name=finding.name,
+            asset_key=asset,
+            severity=AssetCheckSeverity.ERROR,
+            description=finding.summary,
+            metadata=dict(finding.counts),
+        )
+        for finding in findings
+    ]
+
+
+def gates_as_table(gates: Iterable[Gate]) -> str:
+    """The gates as a Markdown table."""
+    rows = [f"| {gate.name} | {'passed' if gate.passed else '**failed**'} | {gate.reason} |" for gate in gates]
+    return "\n".join(["| gate | outcome | reason |", "| --- | --- | --- |", *rows])
