@@ -1,7 +1,5 @@
 """The feature views: a month of a snapshot, published to the online store."""
 
-from typing import Any
-
 from dagster import AssetExecutionContext, AssetsDefinition, MaterializeResult, asset
 
 from streamflow import pipeline
@@ -27,7 +25,7 @@ def published(view: FeatureView) -> AssetsDefinition:
         partitions_def=MONTHLY,
         metadata={"features": [column.name for column in view.columns]},
     )
-    def feature_view(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult[Any]:
+    def feature_view(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:
         return materialized(pipeline.publish_view(core.platform, view, month_of(context), core.now()))
 
     return feature_view

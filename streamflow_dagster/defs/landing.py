@@ -1,7 +1,5 @@
 """The landed tables: a validated CSV of the month, copied into the warehouse."""
 
-from typing import Any
-
 from dagster import AssetExecutionContext, AssetsDefinition, MaterializeResult, asset
 
 from streamflow import pipeline
@@ -28,7 +26,7 @@ def landed_table(table: Table) -> AssetsDefinition:
         partitions_def=MONTHLY,
         check_specs=checks.of_rows(table.name),
     )
-    def landed(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult[Any]:
+    def landed(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:
         month = month_of(context)
         written = pipeline.load_table(core.platform, table, month, core.now())
         findings = landing_findings(core.platform.database, table, month)

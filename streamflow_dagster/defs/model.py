@@ -1,7 +1,6 @@
 """The model: what it learns from, the trained pipeline, and its version in the registry."""
 
 import base64
-from typing import Any
 
 from dagster import AssetCheckResult, AssetExecutionContext, MaterializeResult, MetadataValue, asset
 
@@ -23,7 +22,7 @@ SNAPSHOTS = [view.snapshot for view in CONTRACT.service(pipeline.SERVICE).views]
     code_version=pipeline.code_version("contract", "features", "dataset"),
     partitions_def=MONTHLY,
 )
-def training_dataset(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult[Any]:
+def training_dataset(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:
     """Features and labels of the same as_of, joined point in time through Feast, kept under their digest."""
     written = pipeline.assemble_dataset(core.platform, month_of(context), core.now())
     return materialized(written, more=dict(written.facts))
@@ -39,7 +38,7 @@ def training_dataset(context: AssetExecutionContext, core: PlatformResource) -> 
     check_specs=checks.of_model("churn_model"),
     pool="training",
 )
-def churn_model(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult[Any]:
+def churn_model(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:
     """The month's churn model: fitted, evaluated on held-out users, compiled, and logged in MLflow."""
     trained = pipeline.train(core.platform, month_of(context), core.now())
     agreement = AssetCheckResult(
@@ -70,7 +69,7 @@ def churn_model(context: AssetExecutionContext, core: PlatformResource) -> Mater
     code_version=pipeline.code_version("promotion", "registry"),
     partitions_def=MONTHLY,
 )
-def registered_model_version(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult[Any]:
+def registered_model_version(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:
     """The model's version in MLflow and in our own records, and what the promotion policy made of it."""
     registered = pipeline.register(core.platform, month_of(context), core.now())
     return materialized(

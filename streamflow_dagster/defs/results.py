@@ -26,7 +26,7 @@ def month_of(context: AssetExecutionContext) -> Month:
 
 def materialized(
     written: MonthWrite, *, checks: Iterable[AssetCheckResult] = (), more: Mapping[str, Any] | None = None
-) -> MaterializeResult[Any]:
+) -> MaterializeResult:
     """A month's write: its content is the data version, so that unchanged content leaves downstream fresh."""
     sources = {name: f"revision {one['revision']}, {one['digest'][:12]}" for name, one in written.sources.items()}
     return MaterializeResult(

@@ -1,7 +1,5 @@
 """The snapshots: what was known of each customer on the month's last day."""
 
-from typing import Any
-
 from dagster import AssetExecutionContext, AssetsDefinition, MaterializeResult, asset
 
 from streamflow import pipeline
@@ -31,7 +29,7 @@ def snapshot_of(table: Table) -> AssetsDefinition:
         partitions_def=MONTHLY,
         check_specs=checks.of_rows(name),
     )
-    def snapshot(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult[Any]:
+    def snapshot(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:
         month = month_of(context)
         written = pipeline.build_snapshot(core.platform, table, month, core.now())
         findings = snapshot_findings(core.platform.database, table, month)
