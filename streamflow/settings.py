@@ -21,7 +21,7 @@ class Settings(BaseSettings):
     ``home`` holds all state. ``database_url`` is the platform's role on your own PostgreSQL and
     ``owner_database_url`` the role that migrates and owns the ledger; without them the embedded server is used.
     ``mlflow_uri`` is an MLflow server's address; without it the registry is read from the database directly.
-    ``host`` is where the services listen. ``policy`` overrides the mode of ``policy_file``.
+    ``host`` is where the services listen, ``code_host`` where Dagster's code server is found. ``policy`` overrides the mode of ``policy_file``.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
@@ -34,6 +34,8 @@ class Settings(BaseSettings):
     api_port: Port = 8000
     dagster_port: Port = 3000
     mlflow_port: Port = 5000
+    code_host: str = "127.0.0.1"
+    code_port: Port = 4000
     policy: Literal["manual", "auto"] | None = None
     policy_file: Path = PROJECT_ROOT / "policy.toml"
     actor: str = Field(default_factory=getpass.getuser, min_length=1)

@@ -1,0 +1,129 @@
+"""What the platform holds: the state of each month and what is in Production; pure functions over its records."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from streamflow.contract import CONTRACT, Contract
+from streamflow.landing import MonthManifest
+from streamflow.months import Month
+from streamflow.pipeline import CHURN_MODEL, REGISTERED_VERSION, SERVICE, TRAINING_DATASET
+from streamflow.promotion import Entry, Version, current
+from streamflow.warehouse import MonthWrite
+
+State = Literal["landed", "incomplete", "stale", "unlabelled", "complete"]
+
+MEANINGS: Mapping[State, str] = {
+    "landed": "files are in the landing zone, nothing is materialized",
+    "incomplete": "materialization has not gone through",
+    "stale": "something was made from data that has been replaced since",
+    "unlabelled": "features are online; labels.csv has not landed, so nothing is trained",
+    "complete": "everything is materialized from what has landed",
+}
+
+
+@dataclass(frozen=True)
+class MonthStatus:
+    """One landed month: ``revision`` is the highest of its tables, ``rows`` the customers in users.csv."""
+
+    month: str
+    state: State
+    revision: int
+    rows: int
+    missing: tuple[str, ...]
+    stale: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ProductionStatus:
+    """The version in Production."""
+
+    version: int
+    run_id: str
+    as_of: str
+    threshold: float
+    promoted_at: datetime
+    promoted_by: str
+
+
+def relations(contract: Contract = CONTRACT) -> dict[str, tuple[str, ...]]:
+    """Every relation of the graph, upstream first, with what it is made from."""
+    users = contract.tables[0].name
+    views = contract.service(SERVICE).views
+    return {
+        **{table.name: () for table in contract.tables},
+        **{str(table.snapshot): (users, table.name) for table in contract.snapshots},
+        **{view.name: (view.snapshot,) for view in contract.views},
+        TRAINING_DATASET: (contract.label_table.name, *(view.snapshot for view in views)),
+        CHURN_MODEL: (TRAINING_DATASET,),
+        REGISTERED_VERSION: (CHURN_MODEL,),
+    }
+
+
+def month_status(
+    manifest: MonthManifest, written: Mapping[str, MonthWrite], contract: Contract = CONTRACT
+) -> MonthStatus:
+    """Hold what has landed against what was made of it; ``written`` is the month's writes by relation."""
+    graph = relations(contract)
+    labelled = contract.label_table.name in manifest.tables
+    wanted = [name for name in graph if labelled or not _needs_labels(name, graph, contract)]
+    missing = tuple(name for name in wanted if name not in written)
+    stale = tuple(_stale(manifest, written, graph))
+    state: State = "complete" if labelled else "unlabelled"
+    if stale:
+        state = "stale"
+    elif missing:
+        state = "incomplete" if written else "landed"
+    current_revisions = manifest.current
+    return MonthStatus(
+        manifest.month,
+        state,
+        max(revision.revision for revision in current_revisions.values()),
+        current_revisions[contract.tables[0].name].rows,
+        missing,
+        stale,
+    )
+
+
+def _needs_labels(relation: str, graph: Mapping[str, tuple[str, ...]], contract: Contract) -> bool:
+    labels = contract.label_table.name
+    return relation == labels or any(_needs_labels(source, graph, contract) for source in graph[relation])
+
+
+def _stale(
+    manifest: MonthManifest, written: Mapping[str, MonthWrite], graph: Mapping[str, tuple[str, ...]]
+) -> Iterable[str]:
+    """The relations that were made from content that is no longer in force, directly or further up."""
+    found: set[str] = set()
+    for name, sources in graph.items():
+        if name not in written:
+            continue
+        write = written[name]
+        replaced = name in manifest.tables and write.digest != manifest.current[name].sha256
+        outdated = any(
+            source in found
+            or (source in written and write.sources.get(source, {}).get("digest") != written[source].digest)
+            for source in sources
+        )
+        if replaced or outdated:
+            found.add(name)
+            yield name
+
+
+def production_status(entries: list[Entry], versions: Iterable[Version]) -> ProductionStatus | None:
+    """What the ledger says is in Production, since when and by whom; None while nothing is."""
+    number = current(entries)
+    if number is None:
+        return None
+    version = next(version for version in versions if version.version == number)
+    entry = next(entry for entry in reversed(entries) if entry.action != "refuse")
+    return ProductionStatus(number, version.run_id, str(version.as_of), version.threshold, entry.at, entry.by)
+
+
+def by_month(writes: Iterable[MonthWrite]) -> dict[Month, dict[str, MonthWrite]]:
+    """Writes grouped by month and relation."""
+    grouped: dict[Month, dict[str, MonthWrite]] = {}
+    for write in writes:
+        grouped.setdefault(write.month, {})[write.relation] = write
+    return grouped
