@@ -1,4 +1,454 @@
-"""The `streamflow` command."""
+"""The `streamflow` command: reads arguments, calls the core, prints. It decides nothing.
+
+Exit codes: 0 done, 1 failed or refused with the reason on stderr, 2 wrong usage.
+"""
+
+import dataclasses
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from streamflow.errors import ConfigurationError, StreamFlowError
+from streamflow.months import FIRST_MONTH, Month
+from streamflow.settings import Settings
+
+if TYPE_CHECKING:
+    from streamflow.pipeline import Platform
+
+app = typer.Typer(
+    help="StreamFlow: a month of CSVs in, a traced churn prediction out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+By = Annotated[str, typer.Option("--by", help="Who decides.")]
+Reason = Annotated[str, typer.Option("--reason", help="Why; it goes into the ledger.")]
+FirstMonth = Annotated[str, typer.Option("--first-month", help="Month of the first folder that is not named YYYY-MM.")]
 
 
-def main(): ...
+def main() -> None:
+    """Run the command line; a refusal or failure that a user can mend is one message and exit code 1."""
+    try:
+        app()
+    except StreamFlowError as refusal:
+        err.print(str(refusal), markup=False)
+        sys.exit(1)
+
+
+def now() -> datetime:
+    """The time that records bear; the core never asks a clock."""
+    return datetime.now(UTC)
+
+
+@contextmanager
+def connected(settings: Settings | None = None) -> Iterator["Platform"]:
+    """The platform of the environment; its embedded PostgreSQL runs at least as long as the block."""
+    from streamflow import stack
+    from streamflow.embedded import postgres
+    from streamflow.pipeline import Platform
+
+    settings = settings or Settings.load()
+    with postgres(settings) as database:
+        os.environ.update(stack.environment(settings, database))
+        yield Platform(settings, database)
+
+
+def as_json(facts: Any) -> None:
+    """Print facts as JSON."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+    sys.stdout.write(json.dumps(facts, default=plain, indent=2) + "\n")
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def simulate(
+    months: Annotated[str, typer.Option(help="YYYY-MM or YYYY-MM..YYYY-MM.")],
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder for the months.")],
+    users: Annotated[int, typer.Option(help="Customers in each month.")] = 7_000,
+    seed: Annotated[int, typer.Option(help="Another seed is another world.")] = 1,
+    feature_drift_from: Annotated[str | None, typer.Option(help="Month from which features shift.")] = None,
+    feature_drift: Annotated[float, typer.Option(help="How far, in units of their spread; 0 to 5.")] = 0.5,
+    concept_drift_from: Annotated[str | None, typer.Option(help="Month from which churn follows another rule.")] = None,
+    concept_drift: Annotated[float, typer.Option(help="Part of the customers that follow it; 0 to 1.")] = 1.0,
+    drift_months: Annotated[int, typer.Option(help="Months that drift takes: 1 is sudden.")] = 1,
+    season: Annotated[float, typer.Option(help="Amplitude of the season; 0 to 2.")] = 0.1,
+) -> None:
+    """Write deterministic months of the real shape, with the truth beside them."""
+    from streamflow import simulate as simulator
+
+    scenario = simulator.Scenario(
+        feature_drift_from=Month.parse(feature_drift_from) if feature_drift_from else None,
+        feature_drift=feature_drift,
+        concept_drift_from=Month.parse(concept_drift_from) if concept_drift_from else None,
+        concept_drift=concept_drift,
+        drift_months=drift_months,
+        season=season,
+    )
+    folders = simulator.simulate(out_folder, Month.parse_range(months), users=users, seed=seed, scenario=scenario)
+    out.print(f"{len(folders)} months of {users:,} users in {out_folder}; the truth is in {out_folder / '.truth'}")
+
+
+@app.command()
+def land(
+    path: Annotated[Path, typer.Argument(help="A folder with the CSVs, or a folder of such folders in order.")],
+    month: Annotated[str | None, typer.Option(help="The month of the folder, YYYY-MM.")] = None,
+    first_month: Annotated[str | None, typer.Option(help="Of a folder of folders: the month of the first.")] = None,
+    json_: AsJson = False,
+) -> None:
+    """Validate a month's CSV files and take them into the landing zone."""
+    from streamflow.landing import LandingZone, folders_in
+
+    if month and first_month:
+        raise typer.BadParameter("give --month for one folder or --first-month for a folder of folders, not both")
+    folders = [(path, Month.parse(month))] if month else folders_in(path, Month.parse(first_month or FIRST_MONTH))
+    zone = LandingZone(Settings.load().home)
+    landed = [zone.land(folder, of, now()) for folder, of in folders]
+    if json_:
+        as_json(
+            [
+                {
+                    "month": str(one.month),
+                    "changed": {name: _facts(revision) for name, revision in one.changed.items()},
+                    "unchanged": list(one.unchanged),
+                    "warnings": [str(warning) for warning in one.manifest.warnings],
+                }
+                for one in landed
+            ]
+        )
+        return
+    for one in landed:
+        if one.changed:
+            news = ", ".join(f"{name} (revision {revision.revision})" for name, revision in one.changed.items())
+            out.print(f"{one.month} landed: {news}")
+        else:
+            out.print(f"{one.month} had landed already; nothing changed")
+        for warning in one.manifest.warnings:
+            err.print(f"  warning: {warning}", markup=False)
+
+
+def _facts(struct: Any) -> dict[str, Any]:
+    return {name: getattr(struct, name) for name in struct.__struct_fields__}
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the databases of the platform, Feast, MLflow and Dagster to this version."""
+    from streamflow import pipeline
+
+    with connected() as platform:
+        for change in pipeline.prepare(platform):
+            out.print(change)
+        with _dagster_runner().instance():
+            pass
+
+
+@app.command("run")
+def run_(
+    months: Annotated[list[str], typer.Argument(help="YYYY-MM or YYYY-MM..YYYY-MM, one or several.")],
+) -> None:
+    """Materialize months through the whole graph, a run for each; a bad month does not stop the others."""
+    from streamflow.contract import CONTRACT
+
+    wanted = list(dict.fromkeys(month for text in months for month in Month.parse_range(text)))
+    with connected() as platform:
+        landed = {month: platform.landing.manifest(month) for month in wanted}
+        labelled = {month: CONTRACT.label_table.name in manifest.tables for month, manifest in landed.items()}
+        failed = _materialize(labelled)
+    if failed:
+        raise StreamFlowError(f"{failed} of {len(wanted)} months failed; the others are done")
+
+
+def _dagster_runner() -> Any:
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    from streamflow_dagster import runner
+
+    return runner
+
+
+def _materialize(labelled: dict[Month, bool]) -> int:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    runner = _dagster_runner()
+    failed = 0
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[asset]}"),
+    )
+    with Progress(*columns, console=out) as progress, runner.instance() as instance:
+        for month, has_labels in labelled.items():
+            task = progress.add_task(str(month), total=runner.assets_of(labelled=has_labels), asset="")
+            done = runner.run_month(
+                instance,
+                month,
+                labelled=has_labels,
+                progress=lambda asset, task=task: progress.update(task, advance=1, asset=asset),
+            )
+            outcome = f"{done.seconds:.1f} s" if done.succeeded else "failed"
+            progress.update(task, asset=outcome)
+            for asset, reason in done.failures.items():
+                failed += asset == next(iter(done.failures))
+                err.print(f"{month} {asset}: {reason}", markup=False)
+    return failed
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def models(json_: AsJson = False) -> None:
+    """List the registered versions with their stage, metrics and gates."""
+    with connected() as platform:
+        stages = {number: version.stage for number, version in platform.registry.versions().items()}
+        versions = platform.ledger.versions()
+    facts = [
+        {
+            "version": version.version,
+            "stage": stages.get(version.version, "deleted"),
+            "as_of": version.as_of,
+            "run_id": version.run_id,
+            "service": version.service,
+            "threshold": version.threshold,
+            "metrics": dict(version.metrics),
+            "gates": list(version.gates),
+            "dataset_digest": version.dataset_digest,
+            "predictions_digest": version.predictions_digest,
+            "artifact_sha256": version.artifact_sha256,
+            "registered_at": version.registered_at,
+        }
+        for version in versions
+    ]
+    if json_:
+        as_json(facts)
+        return
+    table = Table("version", "stage", "as of", "AUC", "logloss", "F1", "gates", box=None, header_style="bold")
+    for version, fact in zip(versions, facts, strict=True):
+        failed = [gate.name for gate in version.gates if not gate.passed]
+        metrics = (f"{version.metrics[name]:.4f}" for name in ("auc", "logloss", "f1"))
+        gates = f"failed: {', '.join(failed)}" if failed else "passed"
+        table.add_row(str(version.version), str(fact["stage"]), str(version.as_of), *metrics, gates)
+    out.print(table if versions else "No version is registered yet; `streamflow run MONTH` trains one.")
+
+
+@app.command()
+def promote(
+    version: int,
+    by: By,
+    reason: Reason,
+    override: Annotated[bool, typer.Option(help="Promote although a gate failed; recorded as such.")] = False,
+    json_: AsJson = False,
+) -> None:
+    """Make a version Production; the service follows within seconds."""
+    with connected() as platform:
+        entry = platform.ledger.promote(
+            version, by=by, reason=reason, now=now(), policy=platform.policy, override=override
+        )
+    _print_entry(entry, json_=json_)
+
+
+@app.command()
+def rollback(
+    by: By,
+    reason: Reason,
+    version: Annotated[int | None, typer.Argument(help="A former Production; the one before, if not given.")] = None,
+    json_: AsJson = False,
+) -> None:
+    """Go back to the version that was Production before, without training."""
+    with connected() as platform:
+        entry = platform.ledger.rollback(version, by=by, reason=reason, now=now(), policy=platform.policy)
+    _print_entry(entry, json_=json_)
+
+
+def _print_entry(entry: Any, *, json_: bool) -> None:
+    if json_:
+        as_json(entry)
+    else:
+        before = f"; before: version {entry.previous}" if entry.previous else ""
+        out.print(f"Version {entry.version} is Production, by {entry.by}{before}")
+
+
+@app.command()
+def rebuild(
+    version: Annotated[int, typer.Option(help="The registered version.")],
+    json_: AsJson = False,
+) -> None:
+    """Rebuild a version's dataset from the archived files, train again, and compare the predictions."""
+    from streamflow import pipeline
+
+    with connected() as platform:
+        rebuilt = pipeline.rebuild(platform, version)
+    if json_:
+        as_json(rebuilt)
+    else:
+        for what, same in (("dataset", rebuilt.same_dataset), ("predictions", rebuilt.same_predictions)):
+            out.print(f"{what}: {'identical' if same else 'DIFFERENT'}")
+    if not rebuilt.identical:
+        raise StreamFlowError(f"version {version} was not rebuilt identically: {rebuilt.explanation}")
+
+
+# --- using and watching -------------------------------------------------------------------------------------------
+
+
+@app.command()
+def predict(user_id: str) -> None:
+    """Ask the running service for one customer's prediction."""
+    import httpx
+
+    address = _api(Settings.load())
+    try:
+        response = httpx.post(f"{address}/predict", json={"user_id": user_id}, timeout=10)
+    except httpx.HTTPError as failure:
+        raise StreamFlowError(f"no service answers at {address} ({failure}); start `streamflow up`") from failure
+    as_json(response.json())
+    if response.is_error:
+        raise StreamFlowError(f"{response.json().get('title', 'refused')} ({response.status_code})")
+
+
+def _api(settings: Settings) -> str:
+    from streamflow.stack import Addresses
+
+    return Addresses.of(settings).api
+
+
+@app.command()
+def status(json_: AsJson = False) -> None:
+    """Tell what is in Production and the state of each month."""
+    from streamflow import status as state
+
+    with connected() as platform:
+        months = state.month_statuses(platform)
+        production = state.production_status(platform.ledger.entries(), platform.ledger.versions())
+    if json_:
+        as_json({"production": production, "months": months})
+        return
+    if production:
+        out.print(
+            f"Production: version {production.version}, trained as of {production.as_of}, "
+            f"threshold {production.threshold:g}, "
+            f"promoted {production.promoted_at:%Y-%m-%d %H:%M} UTC by {production.promoted_by}"
+        )
+    else:
+        out.print("Production: nothing yet; `streamflow models` lists candidates, `streamflow promote` promotes one")
+    table = Table("month", "state", "revision", "customers", "", box=None, header_style="bold")
+    for month in months:
+        note = ", ".join(month.stale or month.missing) if month.state in ("stale", "incomplete") else ""
+        table.add_row(month.month, month.state, str(month.revision), f"{month.rows:,}", note)
+    out.print(table if months else "No month has landed; `streamflow land FOLDER --month YYYY-MM` lands one.")
+
+
+@app.command()
+def doctor(json_: AsJson = False) -> None:
+    """Check this installation and tell what to do about each finding."""
+    from streamflow.doctor import examine
+
+    findings = examine(Settings.load())
+    if json_:
+        as_json(findings)
+    else:
+        for finding in findings:
+            out.print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.what}: {finding.says}", markup=False)
+    if not all(finding.ok for finding in findings):
+        raise StreamFlowError("something needs attention; see above")
+
+
+@app.command()
+def backtest(
+    months: Annotated[str, typer.Option(help="YYYY-MM..YYYY-MM to simulate.")] = "2024-01..2024-06",
+    users: Annotated[int, typer.Option(help="Customers in each month.")] = 2_000,
+    seed: Annotated[int, typer.Option(help="Seed of the simulated world.")] = 1,
+    concept_drift_from: Annotated[str | None, typer.Option(help="Month from which churn follows another rule.")] = None,
+    json_: AsJson = False,
+) -> None:
+    """Replay simulated months under fixed retraining policies and report AUC per month."""
+    from streamflow import backtest as replay
+
+    drift = Month.parse(concept_drift_from) if concept_drift_from else None
+    result = replay.backtest(Month.parse_range(months), users=users, seed=seed, concept_drift_from=drift)
+    if json_:
+        as_json(result)
+        return
+    table = Table("month", *result.policies, box=None, header_style="bold")
+    for month, scores in result.auc.items():
+        table.add_row(month, *(f"{score:.3f}" for score in scores))
+    out.print(table)
+
+
+# --- services -----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def env() -> None:
+    """Print the variables that feast, mlflow and dagster need here, for `eval "$(streamflow env)"`."""
+    from streamflow import stack
+
+    with connected() as platform:
+        for name, value in sorted(stack.environment(platform.settings, platform.database).items()):
+            sys.stdout.write(f"export {name}={shlex.quote(value)}\n")
+
+
+@app.command()
+def serve() -> None:
+    """Run the prediction service alone."""
+    _replace_by("api")
+
+
+@app.command()
+def service(name: Annotated[str, typer.Argument(help="mlflow, code, webserver, daemon or api.")]) -> None:
+    """Run one service of the stack in the foreground, as containers do."""
+    from streamflow.stack import SERVICES
+
+    if name not in SERVICES:
+        raise ConfigurationError(f"there is no service {name!r}; there are {', '.join(SERVICES)}")
+    _replace_by(name)
+
+
+def _replace_by(name: str) -> None:
+    from streamflow import stack
+
+    with connected() as platform:
+        command = stack.command(name, platform.settings, platform.database)
+        code = subprocess.run(command.argv, env={**os.environ, **command.environment}, check=False).returncode
+    sys.exit(code)
+
+
+@app.command()
+def up(
+    data: Annotated[Path | None, typer.Option(help="Real months; without it two months are simulated.")] = None,
+    first_month: FirstMonth = FIRST_MONTH,
+    policy: Annotated[str | None, typer.Option(help="manual or auto; without it policy.toml says.")] = None,
+    once: Annotated[bool, typer.Option(help="Do the main job, check one prediction, print the summary, stop.")] = False,
+) -> None:
+    """Run the whole platform in the foreground: land, materialize, serve. Ctrl-C stops everything."""
+    from streamflow.up import bring_up
+
+    settings = Settings.load(**({"policy": policy} if policy else {}))
+    sys.exit(bring_up(settings, data=data, first_month=Month.parse(first_month), once=once, console=out))

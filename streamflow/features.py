@@ -10,7 +10,6 @@ import string
 from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import cache
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -36,7 +35,7 @@ INSTANT = timedelta(microseconds=1)
 
 
 @cache
-def _feast() -> ModuleType:
+def _feast() -> Any:
     """Feast, imported as ``python -O`` would import it, in 1 s instead of 4.
 
     Feast decorates its classes with typeguard, which recompiles each method when it is imported; under ``-O``

@@ -621,7 +621,12 @@ class LandingZone:
 
         Raises UnknownMonth if the table has not landed, ArchiveUnusable if its bytes are not those that landed.
         """
-        return self._reread(month, self.contract.table(table_name)).values
+        table = self.contract.table(table_name)
+        return self._reread(month, table, self._current(month, table_name).sha256).values
+
+    def read_archived(self, month: Month, table_name: str, sha256: str) -> pa.Table:
+        """As `read`, of whatever revision had these bytes, also when another one is current by now."""
+        return self._reread(month, self.contract.table(table_name), sha256).values
 
     def _current(self, month: Month, table_name: str) -> Revision:
         current = self.manifest(month).current
@@ -630,11 +635,10 @@ class LandingZone:
             raise UnknownMonth(f"{file} of {month} has not landed; run: streamflow land FOLDER --month {month}")
         return current[table_name]
 
-    def _reread(self, month: Month, table: Table) -> Parsed:
-        revision = self._current(month, table.name)
-        path = self._archived(revision.sha256)
+    def _reread(self, month: Month, table: Table, sha256: str) -> Parsed:
+        path = self._archived(sha256)
         data = _bytes_if_any(path)
-        if data is None or _sha256(data) != revision.sha256:
+        if data is None or _sha256(data) != sha256:
             state = "gone" if data is None else "damaged"
             raise ArchiveUnusable(f"{path}, the archived {table.file} of {month}, is {state}; land that file again")
         parsed = _read(data, table)
@@ -712,7 +716,7 @@ class LandingZone:
             if table.name in source.tables:
                 files[table.name] = parse(source.tables[table.name], table, month)
             elif table.name in old.tables and (table.may_come_later if users_given else table.name == USERS.name):
-                files[table.name] = self._reread(month, table)
+                files[table.name] = self._reread(month, table, old.current[table.name].sha256)
         users = files.get(USERS.name)
         if users is None or not users.complete:
             return files

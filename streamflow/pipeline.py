@@ -21,6 +21,7 @@ import numpy as np
 from streamflow import dataset, features, warehouse
 from streamflow.contract import CONTRACT, USER_ID, Contract, FeatureView, Table
 from streamflow.database import Database
+from streamflow.dataset import TrainingDataset
 from streamflow.errors import UnknownMonth
 from streamflow.landing import LandingZone
 from streamflow.months import Month
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     import feast
     from numpy.typing import NDArray
 
-    from streamflow.scoring import Parity
+    from streamflow.scoring import Parity, Scorer
 
 TRAINING_DATASET = "training_dataset"
 CHURN_MODEL = "churn_model"
@@ -102,6 +103,27 @@ class Registered:
     decision: Decision
 
 
+@dataclass(frozen=True)
+class Rebuilt:
+    """Whether a version's dataset and predictions came out the same again, and what has changed since it was made."""
+
+    version: int
+    same_dataset: bool
+    same_predictions: bool
+    changed_since: dict[str, str]
+
+    @property
+    def identical(self) -> bool:
+        """Whether both are the same to the last bit."""
+        return self.same_dataset and self.same_predictions
+
+    @property
+    def explanation(self) -> str:
+        """What may explain a difference."""
+        changes = "; ".join(f"{name}: {change}" for name, change in self.changed_since.items())
+        return changes or "code and libraries are the same, so the archive or the record is damaged"
+
+
 def prepare(platform: Platform) -> list[str]:
     """Make or update everything that the graph needs to run: schema and feature registry; returns what changed."""
     changes = warehouse.migrate(platform.database, platform.contract)
@@ -160,7 +182,15 @@ def assemble_dataset(platform: Platform, month: Month, now: datetime) -> MonthWr
         len(assembled.frame),
         {source.relation: source.as_source for source in (labels, *snapshots)},
         now,
-        {"service": service.name, "dropped": assembled.dropped, "churn_rate": float(assembled.labels.mean())},
+        {
+            "service": service.name,
+            "dropped": assembled.dropped,
+            "churn_rate": float(assembled.labels.mean()),
+            "files": {
+                labels.relation: labels.as_source,
+                **{name: source for snapshot in snapshots for name, source in snapshot.sources.items()},
+            },
+        },
     )
     return _recorded(platform, written)
 
@@ -175,22 +205,40 @@ def train(platform: Platform, month: Month, now: datetime) -> Trained:
     with platform.database.connect() as connection:
         source = month_write(connection, TRAINING_DATASET, month)
     data = dataset.load(platform.datasets / f"{source.digest}.parquet", platform.contract)
-    fitting = time.perf_counter()
+    started = time.perf_counter()
     model = training.fit(data, ESTIMATOR, n_jobs=os.cpu_count() or 1)
-    training_seconds = time.perf_counter() - fitting
+    seconds = time.perf_counter() - started
 
     artifact = scoring.compile_pipeline(model, data)
     scorer = scoring.Scorer.from_bytes(artifact)
     scoring.self_test(scorer)
-    probabilities = scorer.score_columns({column.name: data.frame[column.name] for column in data.service.columns})
-    parity = scoring.parity(model.pipeline, scorer, data.features)
-
-    held_out, labels = data.holdout, data.labels
-    measured = asdict(evaluation.metrics(labels[held_out], probabilities[held_out], model.threshold))
-    importances = evaluation.importances(model)
-    roc = evaluation.roc_plot(labels[held_out], probabilities[held_out])
-    artifact_sha256 = scoring.sha256(artifact)
+    probabilities = score(scorer, data)
+    parity = scoring.parity(model.probabilities(data.features), probabilities, model.threshold)
+    labels, validation = data.labels[data.holdout], probabilities[data.holdout]
+    measured = asdict(evaluation.metrics(labels, validation, model.threshold))
+    roc = evaluation.roc_plot(labels, validation)
+    facts = {
+        "service": data.service.name,
+        "estimator": model.estimator,
+        "threshold": model.threshold,
+        "artifact_sha256": scoring.sha256(artifact),
+        "metrics": measured,
+        "parity_difference": parity.max_difference,
+        "flipped_decisions": parity.flipped_decisions,
+        "lineage": {
+            "month": str(month),
+            "dataset": {"digest": source.digest, "rows": source.rows},
+            "sources": dict(source.sources),
+            "files": source.facts["files"],
+            "estimator": model.estimator,
+            "code_version": code_version(),
+            "libraries": libraries(),
+            "python": machine.python_version(),
+        },
+    }
+    counts = {"training_rows": model.train_rows, "validation_rows": len(labels)}
     predictions = predictions_digest(data.frame[USER_ID].tolist(), probabilities)
+    importances = evaluation.importances(model)
     run_id = platform.registry.log(
         Evidence(
             name=f"{month} {model.estimator}",
@@ -207,40 +255,28 @@ def train(platform: Platform, month: Month, now: datetime) -> Trained:
             },
             metrics={
                 **measured,
-                "training_seconds": training_seconds,
-                "training_rows": model.train_rows,
-                "validation_rows": int(held_out.sum()),
+                **counts,
+                "training_seconds": seconds,
                 "parity_difference": parity.max_difference,
                 "flipped_decisions": parity.flipped_decisions,
             },
             tags={
                 "month": str(month),
-                "dataset_digest": data.digest,
+                "dataset_digest": source.digest,
                 "predictions_digest": predictions,
-                "artifact_sha256": artifact_sha256,
+                "artifact_sha256": scoring.sha256(artifact),
                 "code_version": code_version(),
                 "launched_by": platform.settings.actor,
             },
             images={
                 "roc.png": roc,
-                "confusion_matrix.png": evaluation.confusion_plot(
-                    labels[held_out], probabilities[held_out], model.threshold
-                ),
+                "confusion_matrix.png": evaluation.confusion_plot(labels, validation, model.threshold),
                 "importances.png": evaluation.importance_plot(importances),
             },
-            documents={
-                "feature_schema.json": training.feature_schema(data.service),
-                "lineage.json": {
-                    "dataset": {"digest": source.digest, "rows": source.rows, **source.facts},
-                    "sources": dict(source.sources),
-                    "code_version": code_version(),
-                    "libraries": libraries(),
-                    "python": machine.python_version(),
-                },
-            },
+            documents={"feature_schema.json": training.feature_schema(data.service), "lineage.json": facts["lineage"]},
             tables={
                 "importances.csv": importances,
-                "predictions_sample.csv": evaluation.prediction_sample(data, probabilities[held_out], model.threshold),
+                "predictions_sample.csv": evaluation.prediction_sample(data, validation, model.threshold),
             },
         )
     )
@@ -252,23 +288,16 @@ def train(platform: Platform, month: Month, now: datetime) -> Trained:
         source.rows,
         {TRAINING_DATASET: source.as_source},
         now,
-        {
-            "run_id": run_id,
-            "service": data.service.name,
-            "threshold": model.threshold,
-            "artifact_sha256": artifact_sha256,
-            "metrics": measured,
-            "parity_difference": parity.max_difference,
-            "flipped_decisions": parity.flipped_decisions,
-        },
+        {"run_id": run_id, **facts},
     )
     return Trained(
-        _recorded(platform, written),
-        run_id,
-        {**measured, "training_seconds": training_seconds, "training_rows": model.train_rows},
-        parity,
-        roc,
+        _recorded(platform, written), run_id, {**measured, **counts, "training_seconds": seconds}, parity, roc
     )
+
+
+def score(scorer: "Scorer", data: TrainingDataset) -> "NDArray[np.float64]":
+    """The scorer's probability of each row of a dataset."""
+    return scorer.score_columns({column.name: data.frame[column.name] for column in data.service.columns})
 
 
 def register(platform: Platform, month: Month, now: datetime) -> Registered:
@@ -325,6 +354,7 @@ def _new_version(platform: Platform, model: MonthWrite, now: datetime) -> Versio
         model.digest,
         facts["metrics"],
         gates,
+        facts["lineage"],
         now,
     )
     try:
@@ -333,6 +363,44 @@ def _new_version(platform: Platform, model: MonthWrite, now: datetime) -> Versio
         platform.registry.delete(number)
         raise
     return version
+
+
+def rebuild(platform: Platform, number: int) -> Rebuilt:
+    """Make a version's dataset anew from the archived files, train again, and compare both with the record.
+
+    Works on what the version was made from, whatever has landed since. Raises UnknownVersion, and ArchiveUnusable when
+    the archive no longer has those bytes.
+    """
+    from streamflow import scoring, training
+
+    version, contract = platform.ledger.version(number), platform.contract
+    lineage = version.lineage
+    month, service = Month.parse(lineage["month"]), contract.service(version.service)
+    label_month = month.shift(contract.label_horizon_months)
+    frames = {
+        name: platform.landing.read_archived(
+            label_month if name == contract.label_table.name else month, name, source["digest"]
+        ).to_pandas()
+        for name, source in lineage["files"].items()
+    }
+    labels = frames[contract.label_table.name]
+    joined = labels[[USER_ID]].assign(**{dataset.EVENT_TIMESTAMP: month.event_time})
+    for view in service.views:
+        known = frames[contract.tables[0].name][[USER_ID]].merge(frames[view.table.name], on=USER_ID)
+        joined = joined.merge(known[[USER_ID, *(column.name for column in view.columns)]], on=USER_ID, how="left")
+    data = dataset.assemble(joined, labels, service, month=month, label_month=label_month, contract=contract)
+    model = training.fit(data, lineage["estimator"], n_jobs=os.cpu_count() or 1)
+    scorer = scoring.Scorer.from_bytes(scoring.compile_pipeline(model, data))
+    predictions = predictions_digest(data.frame[USER_ID].tolist(), score(scorer, data))
+    changed = {
+        name: f"{then} then, {now} now"
+        for name, then, now in (
+            ("code", lineage["code_version"], code_version()),
+            *((library, lineage["libraries"].get(library), now) for library, now in libraries().items()),
+        )
+        if then != now
+    }
+    return Rebuilt(number, data.digest == version.dataset_digest, predictions == version.predictions_digest, changed)
 
 
 def run_link(platform: Platform, run_id: str) -> str:

@@ -78,6 +78,7 @@ class Version:
     predictions_digest: str
     metrics: Mapping[str, float]
     gates: tuple[Gate, ...]
+    lineage: Mapping[str, Any]
     registered_at: datetime
 
 
@@ -163,17 +164,18 @@ class Ledger:
                 """
                 INSERT INTO streamflow.model_versions (
                     version, run_id, as_of, service, threshold, artifact_path, artifact_sha256, dataset_digest,
-                    predictions_digest, metrics, gates, registered_at
+                    predictions_digest, metrics, gates, lineage, registered_at
                 ) VALUES (
                     %(version)s, %(run_id)s, %(as_of)s, %(service)s, %(threshold)s, %(artifact_path)s,
                     %(artifact_sha256)s, %(dataset_digest)s, %(predictions_digest)s, %(metrics)s, %(gates)s,
-                    %(registered_at)s
+                    %(lineage)s, %(registered_at)s
                 )
                 """,
                 {
                     **vars(version),
                     "metrics": Jsonb(dict(version.metrics)),
                     "gates": _json(version.gates),
+                    "lineage": Jsonb(dict(version.lineage)),
                 },
             )
 
@@ -322,7 +324,7 @@ def _versions(connection: psycopg.Connection[Any]) -> Iterator[Version]:
     rows = connection.cursor(row_factory=dict_row).execute(
         """
         SELECT version, run_id, as_of, service, threshold, artifact_path, artifact_sha256, dataset_digest,
-               predictions_digest, metrics, gates, registered_at
+               predictions_digest, metrics, gates, lineage, registered_at
         FROM streamflow.model_versions ORDER BY version
         """
     )

@@ -18,7 +18,6 @@ from streamflow.contract import Kind
 from streamflow.errors import ArtifactRefused, StreamFlowError, TrainingRefused
 
 if TYPE_CHECKING:
-    import pandas as pd
 
     from streamflow.contract import FeatureService
     from streamflow.dataset import TrainingDataset
@@ -303,12 +302,10 @@ class Parity:
         return self.rows > 0 and self.max_difference <= MAX_DIFFERENCE and self.flipped_decisions == 0
 
 
-def parity(pipeline: Any, scorer: Scorer, frame: "pd.DataFrame") -> Parity:
-    """Score each row of ``frame`` by the scikit-learn pipeline and by the scorer, and compare."""
-    expected: Floats = pipeline.predict_proba(frame[[feature.name for feature in scorer.features]])[:, 1]
-    found = scorer.score_columns({feature.name: frame[feature.name].to_numpy() for feature in scorer.features})
-    flipped = decide(expected, scorer.threshold) != decide(found, scorer.threshold)
-    return Parity(float(np.abs(expected - found).max(initial=0)), int(flipped.sum()), len(frame))
+def parity(pipeline: Floats, scorer: Floats, threshold: float) -> Parity:
+    """Compare the probabilities that the scikit-learn pipeline and the compiled scorer give the same rows."""
+    flipped = decide(pipeline, threshold) != decide(scorer, threshold)
+    return Parity(float(np.abs(pipeline - scorer).max(initial=0)), int(flipped.sum()), len(pipeline))
 
 
 def compile_pipeline(model: "TrainedModel", dataset: "TrainingDataset") -> bytes:

@@ -74,6 +74,9 @@ def command(service: str, settings: Settings, database: Database) -> Command:
         "api": (sys.executable, "-m", "serving"),
     }
     variables = environment(settings, database)
+    if service == "mlflow":
+        # Eight more processes for jobs of MLflow's that nobody here submits.
+        variables["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     if service == "api":
         variables["STREAMFLOW_MLFLOW_URI"] = settings.mlflow_uri or Addresses.of(settings).mlflow
     return Command(argv[service], variables)

@@ -1,4 +1,4 @@
-"""What the platform holds: the state of each month and what is in Production; pure functions over its records."""
+"""What the platform holds: the state of each month and what is in Production."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ from typing import Literal
 from streamflow.contract import CONTRACT, Contract
 from streamflow.landing import MonthManifest
 from streamflow.months import Month
-from streamflow.pipeline import CHURN_MODEL, REGISTERED_VERSION, SERVICE, TRAINING_DATASET
+from streamflow.pipeline import CHURN_MODEL, REGISTERED_VERSION, SERVICE, TRAINING_DATASET, Platform
 from streamflow.promotion import Entry, Version, current
-from streamflow.warehouse import MonthWrite
+from streamflow.warehouse import MonthWrite, month_writes
 
 State = Literal["landed", "incomplete", "stale", "unlabelled", "complete"]
 
@@ -33,6 +33,11 @@ class MonthStatus:
     rows: int
     missing: tuple[str, ...]
     stale: tuple[str, ...]
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether materializing the month would bring something new."""
+        return self.state in ("landed", "incomplete", "stale")
 
 
 @dataclass(frozen=True)
@@ -102,8 +107,7 @@ def _stale(
         write = written[name]
         replaced = name in manifest.tables and write.digest != manifest.current[name].sha256
         outdated = any(
-            source in found
-            or (source in written and write.sources.get(source, {}).get("digest") != written[source].digest)
+            source in found or (source in written and write.sources.get(source) != written[source].as_source)
             for source in sources
         )
         if replaced or outdated:
@@ -121,9 +125,10 @@ def production_status(entries: list[Entry], versions: Iterable[Version]) -> Prod
     return ProductionStatus(number, version.run_id, str(version.as_of), version.threshold, entry.at, entry.by)
 
 
-def by_month(writes: Iterable[MonthWrite]) -> dict[Month, dict[str, MonthWrite]]:
-    """Writes grouped by month and relation."""
-    grouped: dict[Month, dict[str, MonthWrite]] = {}
-    for write in writes:
-        grouped.setdefault(write.month, {})[write.relation] = write
-    return grouped
+def month_statuses(platform: Platform) -> list[MonthStatus]:
+    """The state of every landed month, oldest first."""
+    written: dict[Month, dict[str, MonthWrite]] = {}
+    for write in month_writes(platform.database):
+        written.setdefault(write.month, {})[write.relation] = write
+    zone = platform.landing
+    return [month_status(zone.manifest(month), written.get(month, {}), platform.contract) for month in zone.months()]

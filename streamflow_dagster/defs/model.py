@@ -25,7 +25,8 @@ SNAPSHOTS = [view.snapshot for view in CONTRACT.service(pipeline.SERVICE).views]
 def training_dataset(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:
     """Features and labels of the same as_of, joined point in time through Feast, kept under their digest."""
     written = pipeline.assemble_dataset(core.platform, month_of(context), core.now())
-    return materialized(written, more=dict(written.facts))
+    shown = {name: written.facts[name] for name in ("service", "dropped", "churn_rate")}
+    return materialized(written, more={**shown, "files": MetadataValue.json(written.facts["files"])})
 
 
 @asset(

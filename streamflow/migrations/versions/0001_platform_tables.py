@@ -38,6 +38,7 @@ STATEMENTS = (
         predictions_digest text NOT NULL,
         metrics jsonb NOT NULL,
         gates jsonb NOT NULL,
+        lineage jsonb NOT NULL,
         registered_at timestamptz NOT NULL
     )
     """,
