@@ -183,9 +183,8 @@ def run_(
 
 def _dagster_runner() -> Any:
     import logging
-    import warnings
 
-    warnings.filterwarnings("ignore")
+    logging.captureWarnings(capture=True)
     logging.disable(logging.WARNING)
     from streamflow_dagster import runner
 

@@ -111,7 +111,7 @@ class _Job:
         api = stack.Addresses.of(self.settings).api
         if production is None:
             embedded.wait_until_ready(f"{api}/health", "the API", READY_TIMEOUT_S)
-            return "nothing is in Production yet: see `streamflow models`, then `streamflow promote`"
+            return "Nothing is in Production yet: see `streamflow models`, then `streamflow promote`."
         embedded.wait_until_ready(f"{api}/ready", "the API", READY_TIMEOUT_S)
         newest = self.platform.landing.months()[-1]
         user_id = self.platform.landing.read(newest, self.platform.contract.tables[0].name)[USER_ID][0].as_py()
@@ -120,8 +120,8 @@ class _Job:
             raise StreamFlowError(f"the API refuses to predict {user_id}: {answer.text}")
         said = answer.json()
         return (
-            f"{user_id} churns with probability {said['probability']:.3f} by version {said['model_version']} "
-            f"(features as of {said['features_as_of']})\n\n"
+            f"{user_id} churns with probability {said['probability']:.3f} by version {said['model_version']}, "
+            f"features as of {said['features_as_of']}. Try it:\n\n"
             f"  curl -s {api}/predict -H 'Content-Type: application/json' -d '{{\"{USER_ID}\": \"{user_id}\"}}'"
         )
 
@@ -133,7 +133,7 @@ class _Job:
         table.add_row("MLflow UI", addresses.mlflow)
         table.add_row("API", f"{addresses.api}/schema")
         table.add_row("State and logs", str(self.settings.home))
-        table.add_row("Prediction", prediction)
         self.console.print(f"\nStreamFlow is up after {seconds:.0f} s.\n")
         self.console.print(table)
+        self.console.print(f"\n{prediction}", markup=False)
         self.console.print("" if self.once else "\nCtrl-C stops everything.")
