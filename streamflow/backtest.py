@@ -46,32 +46,24 @@ class Backtest:
 
 @dataclass(frozen=True, eq=False)
 class _SimulatedMonth:
-    """A month's dataset and the true probability of churn of each of its rows."""
+    """A month's dataset, and the true probability of churn of each of its held-out rows."""
 
     dataset: TrainingDataset
     truth: NDArray[np.float64]
 
     def auc(self, scores: NDArray[np.float64]) -> float:
-        """The AUC of a score per row on the held-out users; ConfigurationError where they all have one label."""
+        """The AUC of a score for each held-out row; raises ConfigurationError where all of them have one label."""
         from sklearn.metrics import roc_auc_score
 
-        held_out = self.dataset.holdout
-        labels = self.dataset.labels[held_out]
+        labels = self.dataset.labels[self.dataset.holdout]
         if len(np.unique(labels)) < 2:
-            raise ConfigurationError(
-                f"the {len(labels)} held-out users of {self.dataset.month} do not have both values of "
-                f"{self.dataset.label}; backtest with more users"
-            )
-        return float(roc_auc_score(labels, scores[held_out]))
+            which = f"the {len(labels)} held-out users of {self.dataset.month}"
+            raise ConfigurationError(f"{which} do not have both values of {self.dataset.label}; simulate more users")
+        return float(roc_auc_score(labels, scores))
 
 
 def backtest(
-    months: Sequence[Month],
-    *,
-    users: int,
-    seed: int,
-    concept_drift_from: Month | None,
-    contract: Contract = CONTRACT,
+    months: Sequence[Month], *, users: int, seed: int, concept_drift_from: Month | None, contract: Contract = CONTRACT
 ) -> Backtest:
     """Replay simulated months: each from the second on is scored by the model that each policy had when it arrived.
 
@@ -96,10 +88,10 @@ def _replay(world: Mapping[Month, _SimulatedMonth]) -> Backtest:
     months = tuple(world)
     auc = {}
     for at, month in enumerate(months[1:], start=1):
-        present = world[month]
+        unseen = world[month].dataset.features[world[month].dataset.holdout]
         windows = [tuple(policy(months[:at])) for policy in POLICIES.values()]
-        scores = [model(window).probabilities(present.dataset.features) for window in windows]
-        auc[str(month)] = tuple(present.auc(score) for score in (*scores, present.truth))
+        scores = [model(window).probabilities(unseen) for window in windows]
+        auc[str(month)] = tuple(world[month].auc(score) for score in (*scores, world[month].truth))
     return Backtest((*POLICIES, BEST_POSSIBLE), auc)
 
 
@@ -120,4 +112,5 @@ def _read(folder: Path, month: Month, contract: Contract) -> _SimulatedMonth:
     labels = table(contract.label_table).reset_index()
     dataset = assemble(features, labels, service, month=month, label_month=month, contract=contract)
     truth = pd.read_csv(folder / simulate.TRUTH_FOLDER / f"{month}.csv", dtype={USER_ID: str}, index_col=USER_ID)
-    return _SimulatedMonth(dataset, truth[simulate.TRUTH].loc[dataset.frame[USER_ID]].to_numpy(np.float64))
+    held_out = dataset.frame.loc[dataset.holdout, USER_ID]
+    return _SimulatedMonth(dataset, truth.loc[held_out, simulate.TRUTH].to_numpy(np.float64))

@@ -9,8 +9,11 @@ from pathlib import Path
 from streamflow.database import Database
 from streamflow.embedded import Command
 from streamflow.features import environment as feast_environment
-from streamflow.settings import PROJECT_ROOT, Settings
+from streamflow.settings import PREFIX, PROJECT_ROOT, Settings
 
+OWNER_ADDRESS = f"{PREFIX}OWNER_DATABASE_URL"
+
+GRAPH = PROJECT_ROOT / "streamflow_dagster"
 SERVICES: Mapping[str, str] = {
     "mlflow": "the model registry and its UI",
     "code": "Dagster's code server, which executes runs",
@@ -36,11 +39,14 @@ class Addresses:
 
 
 def environment(settings: Settings, database: Database) -> dict[str, str]:
-    """What every process of the platform is told: the settings, the database for each tool, Dagster's home."""
+    """What every process of the platform is told: the settings, the database for each tool, Dagster's home.
+
+    Nobody but a migration is given the owner's address; one that a process would inherit is taken away.
+    """
     return {
         **settings.environment(),
         **feast_environment(database),
-        "STREAMFLOW_OWNER_DATABASE_URL": database.owner_url,
+        OWNER_ADDRESS: "",
         "STREAMFLOW_DAGSTER_DATABASE_URL": database.sqlalchemy("dagster", synchronous_commit="off"),
         "DAGSTER_HOME": str(dagster_home(settings)),
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -52,22 +58,21 @@ def dagster_home(settings: Settings) -> Path:
     """Dagster's home below ours, with the project's dagster.yaml in it."""
     home = settings.home / "dagster"
     home.mkdir(parents=True, exist_ok=True)
-    wanted = (PROJECT_ROOT / "dagster.yaml").read_bytes()
+    wanted = GRAPH / "dagster.yaml"
     present = home / "dagster.yaml"
-    if not present.exists() or present.read_bytes() != wanted:
-        shutil.copyfile(PROJECT_ROOT / "dagster.yaml", present)
+    if not present.exists() or present.read_bytes() != wanted.read_bytes():
+        shutil.copyfile(wanted, present)
     return home
 
 
 def command(service: str, settings: Settings, database: Database) -> Command:
     """The program of a service; KeyError for an unknown one."""
-    workspace = ("--workspace", str(PROJECT_ROOT / "streamflow_dagster" / "workspace.yaml"))
+    workspace = ("--workspace", str(GRAPH / "workspace.yaml"))
     here = ("--host", settings.host, "--port")
-    artifacts = str(settings.home / "mlflow" / "artifacts")
-    store = ("--backend-store-uri", database.sqlalchemy("mlflow"), "--artifacts-destination", artifacts)
+    stored = ("--artifacts-destination", str(settings.home / "mlflow" / "artifacts"))
     graph = ("--module-name", "streamflow_dagster.definitions", "--location-name", "streamflow")
     argv = {
-        "mlflow": (_script("mlflow"), "server", *here, str(settings.mlflow_port), *store, "--workers", "1"),
+        "mlflow": (_script("mlflow"), "server", *here, str(settings.mlflow_port), *stored, "--workers", "1"),
         "code": (_script("dagster"), "code-server", "start", *here, str(settings.code_port), *graph),
         "webserver": (_script("dagster-webserver"), *here, str(settings.dagster_port), *workspace),
         "daemon": (_script("dagster-daemon"), "run", *workspace),
@@ -75,6 +80,8 @@ def command(service: str, settings: Settings, database: Database) -> Command:
     }
     variables = environment(settings, database)
     if service == "mlflow":
+        # Not an argument, which every user of the machine could read.
+        variables["MLFLOW_BACKEND_STORE_URI"] = database.sqlalchemy("mlflow")
         # Eight more processes for jobs of MLflow's that nobody here submits.
         variables["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     if service == "api":

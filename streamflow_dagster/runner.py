@@ -1,13 +1,12 @@
 """Materializes months from the command line: one run each, recorded in Dagster like those from its UI."""
 
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from uuid import uuid4
 
-from dagster import DagsterEventType, DagsterInstance, ExecuteInProcessResult, JobDefinition, PreviewWarning
+from dagster import DagsterEventType, DagsterInstance, ExecuteInProcessResult, JobDefinition
 
 from streamflow.months import Month
 
@@ -88,9 +87,8 @@ def _reporting(opened: DagsterInstance, run_id: str, progress: Progress) -> Iter
 
 
 def _job(*, labelled: bool) -> JobDefinition:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PreviewWarning)
-        from streamflow_dagster.definitions import defs
+    from streamflow_dagster.definitions import defs
+
     return defs.resolve_job_def("whole_month" if labelled else "month_data")
 
 

@@ -1,6 +1,8 @@
 """The blocking checks after landing, after the snapshots and before registration."""
 
-from dagster import AssetCheckSpec
+import warnings
+
+from dagster import AssetCheckSpec, PreviewWarning
 
 from streamflow.warehouse import FINDINGS
 from streamflow_dagster.defs.partitions import MONTHLY
@@ -15,8 +17,13 @@ AGREES = "compiled_scorer_agrees"
 
 
 def blocking(name: str, asset: str, description: str) -> AssetCheckSpec:
-    """A check that stops everything downstream of its month when it fails, and nothing of other months."""
-    return AssetCheckSpec(name, asset=asset, description=description, blocking=True, partitions_def=MONTHLY)
+    """A check that stops everything downstream of its month when it fails, and nothing of other months.
+
+    Partitioned checks are a preview of Dagster's; without them a check has one state for all months.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PreviewWarning)
+        return AssetCheckSpec(name, asset=asset, description=description, blocking=True, partitions_def=MONTHLY)
 
 
 def of_rows(asset: str) -> list[AssetCheckSpec]:

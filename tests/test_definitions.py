@@ -1,0 +1,103 @@
+"""The asset graph as Dagster loads it: a change of the graph is a visible change of this file."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dagster import AssetKey
+
+from streamflow.contract import CONTRACT
+from streamflow.settings import PROJECT_ROOT
+from streamflow.warehouse import FINDINGS
+from streamflow_dagster.definitions import defs
+from streamflow_dagster.defs.partitions import MONTHLY
+
+GRAPH = {
+    "users": ("landing", ()),
+    "subscriptions": ("landing", ()),
+    "usage_agg_30d": ("landing", ()),
+    "payments_agg_90d": ("landing", ()),
+    "support_agg_90d": ("landing", ()),
+    "labels": ("landing", ()),
+    "subscriptions_profile_snapshots": ("snapshots", ("subscriptions", "users")),
+    "usage_agg_30d_snapshots": ("snapshots", ("usage_agg_30d", "users")),
+    "payments_agg_90d_snapshots": ("snapshots", ("payments_agg_90d", "users")),
+    "support_agg_90d_snapshots": ("snapshots", ("support_agg_90d", "users")),
+    "subs_profile_fv": ("feature_views", ("subscriptions_profile_snapshots",)),
+    "usage_agg_30d_fv": ("feature_views", ("usage_agg_30d_snapshots",)),
+    "payments_agg_90d_fv": ("feature_views", ("payments_agg_90d_snapshots",)),
+    "support_agg_90d_fv": ("feature_views", ("support_agg_90d_snapshots",)),
+    "training_dataset": (
+        "training",
+        (
+            "labels",
+            "payments_agg_90d_snapshots",
+            "subscriptions_profile_snapshots",
+            "support_agg_90d_snapshots",
+            "usage_agg_30d_snapshots",
+        ),
+    ),
+    "churn_model": ("training", ("training_dataset",)),
+    "registered_model_version": ("registry", ("churn_model",)),
+}
+
+
+@pytest.fixture(scope="module")
+def specs():
+    return {spec.key.to_user_string(): spec for spec in defs.resolve_all_asset_specs()}
+
+
+def test_assets_their_groups_and_what_they_are_made_from(specs):
+    found = {
+        name: (spec.group_name, tuple(sorted(dep.asset_key.to_user_string() for dep in spec.deps)))
+        for name, spec in specs.items()
+    }
+    assert found == GRAPH
+
+
+def test_every_asset_is_monthly_described_owned_and_versioned(specs):
+    for name, spec in specs.items():
+        assert spec.partitions_def == MONTHLY, name
+        assert spec.description, name
+        assert spec.owners == ["team:platform"], name
+        assert spec.kinds, name
+        assert spec.code_version, name
+
+
+def test_the_first_partition_is_january_2024():
+    assert MONTHLY.get_first_partition_key() == "2024-01"
+
+
+def test_tables_and_snapshots_have_every_blocking_check_by_month():
+    checks = {
+        (key.asset_key.to_user_string(), key.name): defs.resolve_asset_graph().get(key)
+        for key in defs.resolve_asset_graph().asset_check_keys
+    }
+    tables = [table.name for table in CONTRACT.tables] + [str(table.snapshot) for table in CONTRACT.snapshots]
+    assert set(checks) == {(table, name) for table in tables for name in FINDINGS} | {
+        ("churn_model", "compiled_scorer_agrees")
+    }
+    for key, check in checks.items():
+        assert check.blocking, key
+        assert check.partitions_def == MONTHLY, key
+
+
+def test_training_runs_one_at_a_time():
+    assert defs.resolve_assets_def(AssetKey("churn_model")).op.pool == "training"
+
+
+def test_the_jobs_a_person_finds():
+    whole = defs.resolve_job_def("whole_month").asset_layer.selected_asset_keys
+    data = defs.resolve_job_def("month_data").asset_layer.selected_asset_keys
+    assert {key.to_user_string() for key in whole} == set(GRAPH)
+    assert {key.to_user_string() for key in data} == {
+        name for name, (group, _) in GRAPH.items() if group in ("landing", "snapshots", "feature_views")
+    } - {"labels"}
+
+
+def test_the_workspace_validates_without_any_service():
+    command = [Path(sys.executable).with_name("dagster"), "definitions", "validate", "-w", "workspace.yaml"]
+    done = subprocess.run(command, cwd=PROJECT_ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Validation successful for code location streamflow" in done.stdout + done.stderr
