@@ -21,6 +21,8 @@ static: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/dagster definitions validate -w workspace.yaml
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
+	$(BIN)/hadolint docker/Dockerfile
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks $(ARGS)

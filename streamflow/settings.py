@@ -20,8 +20,10 @@ class Settings(BaseSettings):
 
     ``home`` holds all state. ``database_url`` is the platform's role on your own PostgreSQL and
     ``owner_database_url`` the role that migrates and owns the ledger; without them the embedded server is used.
-    ``mlflow_uri`` is an MLflow server's address; without it the registry is read from the database directly.
-    ``host`` is where the services listen, ``code_host`` where Dagster's code server is found. ``policy`` overrides the mode of ``policy_file``.
+    ``mlflow_uri`` is an MLflow server's address; without it the registry is read from the database directly;
+    ``mlflow_public_uri`` is where a browser finds it, if elsewhere.
+    ``host`` is where the services listen, ``code_host`` where Dagster's code server is found. ``policy`` overrides the
+    mode of ``policy_file``.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
@@ -30,6 +32,7 @@ class Settings(BaseSettings):
     database_url: str | None = None
     owner_database_url: str | None = None
     mlflow_uri: str | None = None
+    mlflow_public_uri: str | None = None
     host: str = "127.0.0.1"
     api_port: Port = 8000
     dagster_port: Port = 3000
@@ -40,10 +43,17 @@ class Settings(BaseSettings):
     policy_file: Path = PROJECT_ROOT / "policy.toml"
     actor: str = Field(default_factory=getpass.getuser, min_length=1)
 
-    @field_validator("home", "policy_file")
+    @field_validator("home", "policy_file", mode="before")
     @classmethod
-    def _absolute(cls, path: Path) -> Path:
-        return path.expanduser().absolute()
+    def _absolute(cls, path: str | Path) -> Path:
+        if path == "":
+            raise ValueError("is empty; name a path, or unset the variable for the default")
+        return Path(path).expanduser().absolute()
+
+    @property
+    def mlflow_page(self) -> str:
+        """Where a browser finds MLflow."""
+        return self.mlflow_public_uri or self.mlflow_uri or f"http://{self.host}:{self.mlflow_port}"
 
     @classmethod
     def load(cls, **overrides: Any) -> "Settings":
