@@ -1,0 +1,40 @@
+"""The service's log: one JSON object a line, an event with fields."""
+
+import logging
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+LOGGER = logging.getLogger("streamflow.serving")
+
+
+def log(level: int, event: str, *, failure: BaseException | None = None, **fields: Any) -> None:
+    """Log an event with its fields, and the traceback of ``failure`` if there is one."""
+    LOGGER.log(level, event, extra={"fields": fields}, exc_info=failure)
+
+
+class JsonLines(logging.Formatter):
+    """Formats any record, ours or a library's, as one line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without its end."""
+        line = {
+            "at": datetime.fromtimestamp(record.created, UTC),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(line, enc_hook=str).decode()
+
+
+def configure() -> None:
+    """Log to stderr from now on; the pool's own chatter is left out."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    for chatty in ("httpx", "psycopg.pool"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)

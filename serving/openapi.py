@@ -1,0 +1,174 @@
+"""The API's description: features listed from the contract, and a page that needs no internet."""
+
+from collections.abc import Iterator
+from html import escape
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from litestar import Request, Response, Router
+from litestar.exceptions import NotFoundException
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import OpenAPIRenderPlugin
+from litestar.openapi.spec import OpenAPIType, Schema
+from litestar.plugins import OpenAPISchemaPlugin
+from litestar.typing import FieldDefinition
+
+from serving.schemas import Features, Outcome, Prediction, Problem
+from streamflow.contract import Column, Contract, FeatureService
+
+TYPES = {
+    "category": OpenAPIType.STRING,
+    "boolean": OpenAPIType.BOOLEAN,
+    "integer": OpenAPIType.INTEGER,
+    "float": OpenAPIType.NUMBER,
+}
+
+
+def openapi_config() -> OpenAPIConfig:
+    """Where the description is served: the page at /schema, JSON at /schema/openapi.json."""
+    return OpenAPIConfig(
+        title="StreamFlow",
+        version="1",
+        description="Churn predictions by the Production model, with the features that they came from.",
+        use_handler_docstrings=True,
+        openapi_router=Router(
+            "/schema", route_handlers=[], include_in_schema=False, after_request=_refuse_unknown_page
+        ),
+        render_plugins=[OfflinePage(path="/")],
+    )
+
+
+def _refuse_unknown_page(response: Response[Any]) -> Response[Any]:
+    """Litestar answers unknown pages of the description with HTML; here as elsewhere they are a problem."""
+    if response.status_code == HTTPStatus.NOT_FOUND:
+        raise NotFoundException
+    return response
+
+
+class ContractSchemas(OpenAPISchemaPlugin):
+    """Describes feature values by the contract, for each feature service its features, and what a batch has."""
+
+    __slots__ = ("_contract",)
+
+    def __init__(self, contract: Contract) -> None:
+        self._contract = contract
+
+    @staticmethod
+    def is_plugin_supported_type(value: Any) -> bool:
+        """Whether this plugin describes the type."""
+        return value in (Features, Outcome)
+
+    def to_openapi_schema(self, field_definition: FieldDefinition, schema_creator: Any) -> Schema:
+        """One schema for each feature service, or for each outcome."""
+        if field_definition.annotation is Outcome:
+            outcomes = map(FieldDefinition.from_annotation, (Prediction, Problem))
+            return Schema(one_of=[schema_creator.for_field_definition(outcome) for outcome in outcomes])
+        services = [_service_schema(service) for service in self._contract.services]
+        return services[0] if len(services) == 1 else Schema(any_of=services)
+
+
+def _service_schema(service: FeatureService) -> Schema:
+    return Schema(
+        type=OpenAPIType.OBJECT,
+        title=service.name,
+        description=service.description,
+        properties={column.name: _column_schema(column) for column in service.columns},
+        required=[column.name for column in service.columns],
+    )
+
+
+def _column_schema(column: Column) -> Schema:
+    return Schema(
+        type=TYPES[column.kind],
+        description=f"{column.description} [{column.unit}]" if column.unit else column.description,
+        enum=column.categories or None,
+        minimum=column.low,
+        maximum=column.high,
+    )
+
+
+class OfflinePage(OpenAPIRenderPlugin):
+    """A page without scripts: every route, and every schema with its fields."""
+
+    def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
+        """The page as HTML."""
+        description = msgspec.to_builtins(openapi_schema, enc_hook=str)
+        schemas = description["components"]["schemas"]
+        info = description["info"]
+        return PAGE.format(
+            title=escape(info["title"]),
+            description=escape(info["description"]),
+            json=self.get_openapi_json_route(request),
+            routes="".join(
+                _route(path, method, operation)
+                for path, operations in description["paths"].items()
+                for method, operation in operations.items()
+            ),
+            schemas="".join(_schema(name, schemas[name]) for name in sorted(schemas)),
+        ).encode()
+
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+h2 {{ margin-top: 2.5rem }} h3 {{ margin-bottom: 0 }}
+code {{ font-size: 14px }} table {{ border-collapse: collapse; width: 100% }}
+td, th {{ border-bottom: 1px solid #ddd; padding: .25rem .75rem .25rem 0; text-align: left; vertical-align: top }}
+</style>
+<h1>{title}</h1><p>{description} <a href="{json}">OpenAPI as JSON</a></p>
+<h2>Routes</h2>{routes}
+<h2>Schemas</h2>{schemas}
+</html>
+"""
+
+
+def _route(path: str, method: str, operation: dict[str, Any]) -> str:
+    body = operation.get("requestBody", {}).get("content", {})
+    answers = [
+        (status, _content_type(answer.get("content", {})), answer["description"])
+        for status, answer in sorted(operation["responses"].items())
+    ]
+    takes = f"<p>Body: {_content_type(body)}</p>" if body else ""
+    return (
+        f"<h3><code>{method.upper()} {escape(path)}</code></h3><p>{escape(operation.get('description', ''))}</p>"
+        f"{takes}{_table(('status', 'answer', 'meaning'), answers)}"
+    )
+
+
+def _content_type(content: dict[str, Any]) -> str:
+    return " ".join(_type(entry.get("schema", {})) for entry in content.values())
+
+
+def _schema(name: str, schema: dict[str, Any]) -> str:
+    fields = [(field, _type(about), about.get("description", "")) for field, about in _fields(schema)]
+    return f'<h3 id="{escape(name)}"><code>{escape(name)}</code></h3>{_table(("field", "type", "meaning"), fields)}'
+
+
+def _fields(schema: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, about in schema.get("properties", {}).items():
+        yield f"{prefix}{name}", about
+        for inner in about.get("anyOf", [about]):
+            yield from _fields(inner, f"{prefix}{name}.")
+
+
+def _type(schema: dict[str, Any]) -> str:
+    if "$ref" in schema:
+        name = escape(schema["$ref"].rsplit("/", 1)[-1])
+        return f'<a href="#{name}">{name}</a>'
+    if choices := schema.get("oneOf", schema.get("anyOf")):
+        return " or ".join(map(_type, choices))
+    if "items" in schema:
+        return f"array of {_type(schema['items'])}"
+    kind = schema.get("type", "")
+    return escape(" or ".join(kind) if isinstance(kind, list) else str(kind))
+
+
+def _table(heads: tuple[str, ...], rows: list[tuple[str, str, str]]) -> str:
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    body = "".join(
+        f"<tr><td><code>{escape(name)}</code></td><td>{kind}</td><td>{escape(meaning)}</td></tr>"
+        for name, kind, meaning in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"

@@ -1,0 +1,154 @@
+"""Errors on the wire: the one table from exception to problem details (RFC 9457), for every error there is."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+from uuid import uuid4
+
+from litestar import Request, Response
+from litestar.exceptions import HTTPException
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.types import Message, Scope
+from msgspec import UNSET
+
+from serving.features import IncompleteFeatures, MissingFeatures, UnknownUser
+from serving.logs import log
+from serving.production import Check, NoModel, State
+from serving.schemas import Problem, ReadinessCheck
+from streamflow.errors import StreamFlowError, WarehouseUnavailable
+from streamflow.scoring import UnscorableFeatures
+
+MEDIA_TYPE = "application/problem+json"
+REQUEST_ID_HEADER = b"x-request-id"
+FIELDS = {"data": "body"}
+"""What callers know as another name than Litestar."""
+
+
+class NotReady(StreamFlowError):
+    """Predictions cannot be answered now."""
+
+    def __init__(self, checks: Sequence[Check]) -> None:
+        super().__init__(
+            "; ".join(f"{check.name}: {check.reason}" for check in checks if check.state is not State.READY)
+        )
+        self.checks = checks
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One type of problem: its status, the end of its ``type``, its title and when to ask again."""
+
+    status: HTTPStatus
+    name: str
+    title: str
+    retry_after_s: int | None = None
+
+    @property
+    def type(self) -> str:
+        """The stable URI of this type of problem."""
+        return f"urn:streamflow:problem:{self.name}"
+
+
+KINDS: dict[type[Exception] | int, Kind] = {
+    UnknownUser: Kind(HTTPStatus.NOT_FOUND, "unknown-user", "Unknown user"),
+    IncompleteFeatures: Kind(HTTPStatus.UNPROCESSABLE_ENTITY, "incomplete-features", "Incomplete features"),
+    UnscorableFeatures: Kind(HTTPStatus.UNPROCESSABLE_ENTITY, "unscorable-features", "Features that cannot be scored"),
+    NoModel: Kind(HTTPStatus.SERVICE_UNAVAILABLE, "no-model", "No model is served", 5),
+    WarehouseUnavailable: Kind(
+        HTTPStatus.SERVICE_UNAVAILABLE, "feature-store-unavailable", "The feature store is unavailable", 2
+    ),
+    NotReady: Kind(HTTPStatus.SERVICE_UNAVAILABLE, "not-ready", "Not ready", 2),
+    400: Kind(HTTPStatus.BAD_REQUEST, "malformed-request", "Malformed request"),
+    404: Kind(HTTPStatus.NOT_FOUND, "not-found", "Nothing is here"),
+    405: Kind(HTTPStatus.METHOD_NOT_ALLOWED, "method-not-allowed", "Method not allowed"),
+    413: Kind(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too-large", "Request body too large"),
+    415: Kind(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "unsupported-media-type", "Unsupported media type"),
+    500: Kind(HTTPStatus.INTERNAL_SERVER_ERROR, "internal-error", "Internal error"),
+}
+
+
+def kind_of(failure: Exception) -> Kind:
+    """The kind of problem that an exception is; whatever is not in the table is a defect of ours: 500."""
+    if isinstance(failure, HTTPException):
+        return KINDS.get(failure.status_code, KINDS[500])
+    return next((KINDS[kind] for kind in type(failure).__mro__ if kind in KINDS), KINDS[500])
+
+
+def problem(failure: Exception, request_id: str) -> Problem:
+    """The problem details of an exception."""
+    kind = kind_of(failure)
+    return Problem(
+        type=kind.type,
+        title=kind.title,
+        status=kind.status,
+        detail=_detail(failure, kind),
+        instance=f"urn:uuid:{request_id}",
+        request_id=request_id,
+        missing_features=list(failure.missing) if isinstance(failure, MissingFeatures) else UNSET,
+        checks=readiness_checks(failure.checks) if isinstance(failure, NotReady) else UNSET,
+    )
+
+
+def _detail(failure: Exception, kind: Kind) -> str:
+    if kind is KINDS[500]:
+        return "The service failed; the log has more under this request_id."
+    if not isinstance(failure, HTTPException):
+        return str(failure)
+    errors = failure.extra if isinstance(failure.extra, list) else []
+    return (
+        "; ".join(f"{error['key'].replace('data', 'body')}: {error['message']}" for error in errors) or failure.detail
+    )
+
+
+def readiness_checks(checks: Sequence[Check]) -> list[ReadinessCheck]:
+    """The checks as they go over the wire."""
+    return [ReadinessCheck(check.name, check.state, check.reason) for check in checks]
+
+
+def respond(request: Request[Any, Any, Any], failure: Exception) -> Response[Problem]:
+    """Answer any exception with problem details, and log it if the fault is ours."""
+    request_id = request_id_of(request.scope)
+    kind = kind_of(failure)
+    if kind is KINDS[500]:
+        log(logging.ERROR, "request_failed", request_id=request_id, path=request.scope["path"], failure=failure)
+    headers = dict(failure.headers or {}) if isinstance(failure, HTTPException) else {}
+    if kind.retry_after_s:
+        headers["Retry-After"] = str(kind.retry_after_s)
+    return Response(problem(failure, request_id), status_code=kind.status, media_type=MEDIA_TYPE, headers=headers)
+
+
+def request_id_of(scope: Scope) -> str:
+    """The request's id, made when first asked for."""
+    state = scope["state"]
+    if "request_id" not in state:
+        state["request_id"] = new_request_id()
+    return str(state["request_id"])
+
+
+def new_request_id() -> str:
+    """A unique id."""
+    return str(uuid4())
+
+
+async def add_request_id(message: Message, scope: Scope) -> None:
+    """Put the request's id into the header of its answer."""
+    if message["type"] == "http.response.start":
+        message["headers"] = [*message["headers"], (REQUEST_ID_HEADER, request_id_of(scope).encode())]
+
+
+def documented(*causes: type[Exception] | int) -> dict[int, ResponseSpec]:
+    """The OpenAPI entries for the problems that a route can answer with."""
+    by_status: dict[int, list[str]] = {}
+    for cause in causes:
+        by_status.setdefault(KINDS[cause].status.value, []).append(KINDS[cause].title)
+    return {
+        status: ResponseSpec(
+            Problem,
+            description="; ".join(titles),
+            media_type=MEDIA_TYPE,
+            generate_examples=False,
+        )
+        for status, titles in by_status.items()
+    }

@@ -1,0 +1,152 @@
+"""The routes: each unpacks a request, calls one thing and packs the answer."""
+
+from typing import Annotated, Any
+
+from litestar import Request, get, post
+from litestar.di import NamedDependency
+from litestar.exceptions import ClientException, SerializationException
+from litestar.params import JSONBody, Parameter, SkipValidation
+
+from serving.features import IncompleteFeatures, UnknownUser
+from serving.predictor import Predictor, Scored
+from serving.problems import NotReady, documented, new_request_id, problem, readiness_checks, request_id_of
+from serving.production import NoModel, ProductionModel, State
+from serving.schemas import (
+    WHOLE_USER_ID,
+    Alive,
+    BatchAnswer,
+    BatchRequest,
+    FeaturesOfUser,
+    Model,
+    Outcome,
+    Prediction,
+    PredictRequest,
+    Readiness,
+    RefusedVersion,
+)
+from streamflow.errors import StreamFlowError, WarehouseUnavailable
+from streamflow.scoring import UnscorableFeatures
+
+MAX_BODY = 64 * 1024
+MAX_BATCH_BODY = 128 * 1024
+
+UNAVAILABLE = (NoModel, WarehouseUnavailable)
+BODY = (400, 413, 415)
+USER = (UnknownUser, IncompleteFeatures)
+
+ThePredictor = NamedDependency[SkipValidation[Predictor]]
+TheProduction = NamedDependency[SkipValidation[ProductionModel]]
+
+
+class JsonRequest(Request[Any, Any, Any]):
+    """A request whose body is JSON or refused."""
+
+    async def body(self) -> bytes:
+        """The bytes of the body; raises a ClientException with status 400 if there are none."""
+        if body := await super().body():
+            return body
+        raise ClientException("the body is empty")
+
+    async def json(self) -> Any:
+        """The decoded body; raises a ClientException with status 415 or 400."""
+        if self.content_type[0].lower() != "application/json":
+            raise ClientException("send the body as application/json", status_code=415)
+        try:
+            return await super().json()
+        except RecursionError:
+            raise SerializationException("the body is nested too deeply") from None
+
+
+@post(
+    "/predict",
+    status_code=200,
+    request_max_body_size=MAX_BODY,
+    responses=documented(*BODY, *USER, UnscorableFeatures, *UNAVAILABLE),
+)
+async def predict(data: JSONBody[PredictRequest], request: JsonRequest, predictor: ThePredictor) -> Prediction:
+    """Score one customer with the Production model and the features of the feature store."""
+    scored = await predictor.predict(data.user_id)
+    return _prediction(scored, request_id_of(request.scope))
+
+
+@post(
+    "/predict/batch",
+    status_code=200,
+    request_max_body_size=MAX_BATCH_BODY,
+    responses=documented(*BODY, *UNAVAILABLE),
+)
+async def predict_batch(data: JSONBody[BatchRequest], predictor: ThePredictor) -> BatchAnswer:
+    """Score up to 1,000 customers: a prediction or a problem for each, in order, each with its own request_id."""
+    outcomes = await predictor.predict_all(data.user_ids)
+    return BatchAnswer([_outcome(outcome) for outcome in outcomes])
+
+
+@get("/features/{user_id:str}", responses=documented(400, *USER, *UNAVAILABLE))
+async def features_of_user(
+    user_id: Annotated[str, Parameter(pattern=WHOLE_USER_ID, description="The customer.")],
+    predictor: ThePredictor,
+) -> FeaturesOfUser:
+    """The features that a prediction for this customer would use."""
+    as_of, features = await predictor.features(user_id)
+    return FeaturesOfUser(user_id, as_of, features)
+
+
+@get("/model", responses=documented(NoModel))
+async def model(production: TheProduction) -> Model:
+    """The version that is served and since when; a Production version that is refused, and why."""
+    served = production.current()
+    version, refusal = served.production, production.refusal
+    return Model(
+        version=version.version,
+        run_id=version.run_id,
+        service=version.service,
+        as_of=version.as_of,
+        threshold=version.threshold,
+        promoted_at=version.promoted_at,
+        loaded_at=served.loaded_at,
+        artifact_sha256=version.artifact_sha256,
+        refused=RefusedVersion(refusal.production.version, refusal.reason) if refusal else None,
+    )
+
+
+@get("/health")
+async def health() -> Alive:
+    """Whether the process answers."""
+    return Alive("alive")
+
+
+@get("/ready", responses=documented(NotReady))
+async def ready(production: TheProduction) -> Readiness:
+    """Whether predictions can be answered: 200 ready or degraded, else 503; each check with its reason."""
+    checks = production.checks()
+    states = {check.state for check in checks}
+    if State.UNAVAILABLE in states:
+        raise NotReady(checks)
+    status = State.DEGRADED if State.DEGRADED in states else State.READY
+    return Readiness(status, readiness_checks(checks))
+
+
+def _prediction(scored: Scored, request_id: str) -> Prediction:
+    production = scored.model.production
+    return Prediction(
+        request_id=request_id,
+        user_id=scored.user_id,
+        prediction=1 if scored.churns else 0,
+        probability=scored.probability,
+        threshold=production.threshold,
+        model_version=production.version,
+        run_id=production.run_id,
+        features_as_of=scored.features_as_of,
+        timestamp=scored.scored_at,
+        features_used=scored.features,
+    )
+
+
+def _outcome(outcome: Scored | StreamFlowError) -> Outcome:
+    request_id = new_request_id()
+    if isinstance(outcome, StreamFlowError):
+        return problem(outcome, request_id)
+    return _prediction(outcome, request_id)
+
+
+ROUTES = (predict, predict_batch, features_of_user, model, health, ready)

@@ -1,0 +1,122 @@
+"""What goes over the wire: closed request bodies, and answers whose features are described by the contract."""
+
+from datetime import date, datetime
+from typing import Annotated, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from serving.features import FeatureValue
+from serving.production import State
+from streamflow.contract import USER_ID_PATTERN
+
+MAX_BATCH = 1000
+WHOLE_USER_ID = rf"^{USER_ID_PATTERN}$(?!\n)"
+
+UserId = Annotated[str, Meta(pattern=WHOLE_USER_ID, description="The customer.", examples=["7590-VHVEG"])]
+Probability = Annotated[float, Meta(ge=0, le=1, description="Probability of churn.")]
+Threshold = Annotated[float, Meta(ge=0, le=1, description="The probability from which on `prediction` is 1.")]
+RequestId = Annotated[str, Meta(description="Unique; also in the X-Request-ID header.")]
+
+
+class Features(dict[str, FeatureValue]):
+    """Feature values by name; the OpenAPI schema lists them from the contract."""
+
+
+class PredictRequest(Struct, forbid_unknown_fields=True):
+    """Whom to score."""
+
+    user_id: UserId
+
+
+class BatchRequest(Struct, forbid_unknown_fields=True):
+    """Whom to score, in the order of the answer."""
+
+    user_ids: Annotated[list[UserId], Meta(max_length=MAX_BATCH)]
+
+
+class Outcome(Struct):
+    """What a batch has for each customer: a prediction or a problem."""
+
+
+class Prediction(Outcome):
+    """A prediction and everything it came from."""
+
+    request_id: RequestId
+    user_id: UserId
+    prediction: Annotated[Literal[0, 1], Meta(description="1: the customer is expected to churn.")]
+    probability: Probability
+    threshold: Threshold
+    model_version: int
+    run_id: Annotated[str, Meta(description="The MLflow run that trained the version.")]
+    features_as_of: Annotated[date, Meta(description="The oldest day that the features speak of.")]
+    timestamp: Annotated[datetime, Meta(description="When this was answered, UTC.")]
+    features_used: Features
+
+
+class FeaturesOfUser(Struct):
+    """What the feature store holds for a customer."""
+
+    user_id: UserId
+    as_of: Annotated[date, Meta(description="The oldest day that the features speak of.")]
+    features: Features
+
+
+class RefusedVersion(Struct):
+    """A Production version that is not served."""
+
+    version: int
+    reason: str
+
+
+class Model(Struct):
+    """The version that is served and since when."""
+
+    version: int
+    run_id: str
+    service: Annotated[str, Meta(description="The feature service that it was trained on.")]
+    as_of: Annotated[date, Meta(description="The last day of the month that it was trained on.")]
+    threshold: Threshold
+    promoted_at: datetime
+    loaded_at: datetime
+    artifact_sha256: str
+    refused: RefusedVersion | None
+
+
+class Alive(Struct):
+    """The process answers."""
+
+    status: Literal["alive"]
+
+
+class ReadinessCheck(Struct):
+    """One part of the service and why it is in that state."""
+
+    name: str
+    state: State
+    reason: str
+
+
+class Readiness(Struct):
+    """Whether predictions can be answered; degraded: yes, but not everything is well."""
+
+    status: State
+    checks: list[ReadinessCheck]
+
+
+class Problem(Outcome, omit_defaults=True):
+    """What went wrong (RFC 9457)."""
+
+    type: Annotated[str, Meta(description="Stable; what to switch on.", examples=["urn:streamflow:problem:not-found"])]
+    title: str
+    status: Annotated[int, Meta(ge=400, le=599)]
+    detail: str
+    instance: str
+    request_id: RequestId
+    missing_features: list[str] | UnsetType = UNSET
+    checks: list[ReadinessCheck] | UnsetType = UNSET
+
+
+class BatchAnswer(Struct):
+    """One prediction or problem for each customer, in the order asked for."""
+
+    results: list[Outcome]

@@ -1,0 +1,244 @@
+"""The service under test, with all that it depends on: PostgreSQL, a small MLflow over HTTP, compiled models."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, date, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+from uuid import uuid4
+
+import httpx
+import numpy as np
+import pandas as pd
+import psycopg
+import uvicorn
+from psycopg import sql
+from psycopg.types.json import Jsonb
+
+from serving.app import create_app
+from streamflow.contract import CONTRACT, USER_ID, Column, Contract
+from streamflow.dataset import TrainingDataset
+from streamflow.months import Month
+from streamflow.scoring import compile_pipeline, sha256
+from streamflow.settings import Settings
+from streamflow.training import fit
+
+JANUARY = Month.parse("2024-01")
+POSTGRES_URL = os.environ.get("STREAMFLOW_TEST_POSTGRES_URL", "postgresql://root@127.0.0.1:5432/test")
+TYPES = {"category": "text", "boolean": "boolean", "integer": "bigint", "float": "double precision"}
+FEATURES = {
+    "months_active": 1,
+    "monthly_fee": 29.85,
+    "paperless_billing": True,
+    "plan_stream_tv": False,
+    "plan_stream_movies": False,
+    "net_service": "DSL",
+    "watch_hours_30d": 0.1 + 0.2,
+    "avg_session_mins_7d": 29.142857142857142,
+    "unique_devices_30d": 2,
+    "skips_7d": 4,
+    "rebuffer_events_7d": 1,
+    "failed_payments_90d": 0,
+    "support_tickets_90d": 3,
+    "ticket_avg_resolution_hrs_90d": 16.0,
+}
+KNOWN = "7590-VHVEG"
+
+
+def eventually(check: Callable[[], bool], *, within_s: float = 5.0) -> None:
+    """Wait until the check holds; fail if it doesn't in time."""
+    deadline = time.monotonic() + within_s
+    while not check():
+        assert time.monotonic() < deadline, "did not come true in time"
+        time.sleep(0.05)
+
+
+def _simulated(column: Column, users: int, random: np.random.Generator) -> Any:
+    match column.kind:
+        case "category":
+            return random.choice(column.categories, users)
+        case "boolean":
+            return random.random(users) < 0.5
+        case "integer":
+            return random.integers(0, 30, users)
+        case _:
+            return random.random(users) * 100
+
+
+def with_a_new_feature() -> Contract:
+    """The contract with one more column in one of the views."""
+    column = Column(
+        "coupons_used", "integer", "Coupons used.", unit="coupons", low=0, high=9, view="payments_agg_90d_fv"
+    )
+    tables = [
+        replace(table, columns=(*table.columns, column)) if table.name == "payments_agg_90d" else table
+        for table in CONTRACT.tables
+    ]
+    return Contract(
+        tuple(tables),
+        CONTRACT.view_descriptions,
+        CONTRACT.service_views,
+        CONTRACT.service_descriptions,
+        CONTRACT.label,
+    )
+
+
+def train(seed: int, contract: Contract = CONTRACT) -> bytes:
+    """The compiled form of a model of some random customers."""
+    service = contract.service("churn_v1")
+    random = np.random.default_rng(seed)
+    users = 120
+    frame = pd.DataFrame({column.name: _simulated(column, users, random) for column in service.columns})
+    frame.insert(0, USER_ID, [f"user-{number:04d}" for number in range(users)])
+    frame[CONTRACT.label] = random.random(users) < 0.4
+    dataset = TrainingDataset(frame, service, JANUARY, CONTRACT.label, 0)
+    return compile_pipeline(fit(dataset, "random_forest_baseline"), dataset)
+
+
+class Mlflow:
+    """The two endpoints of an MLflow server that the service uses, over real HTTP."""
+
+    def __init__(self) -> None:
+        self.files: dict[tuple[str, str], bytes] = {}
+        self.status = 200
+        world = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                url = urlsplit(self.path)
+                given = {name: values[0] for name, values in parse_qs(url.query).items()}
+                if url.path == "/health":
+                    body, status = b"OK", world.status
+                else:
+                    file = world.files.get((given["run_uuid"], given["path"]))
+                    body, status = file or b"", world.status if file else 404
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        self.uri = f"http://127.0.0.1:{self._server.server_port}"
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class Platform:
+    """What the rest of the platform does to the database: publish features, register, promote."""
+
+    def __init__(self, url: str, mlflow: Mlflow) -> None:
+        self.url = url
+        self.mlflow = mlflow
+
+    def execute(self, query: Any, *parameters: object) -> None:
+        with psycopg.connect(self.url) as connection:
+            connection.execute(query, parameters)
+
+    def publish(self, user_id: str = KNOWN, *, as_of: date = JANUARY.as_of, views: Any = None, **changes: Any) -> None:
+        values = {**FEATURES, **changes}
+        for view in CONTRACT.views:
+            if views is not None and view.name not in views:
+                continue
+            names = [USER_ID, "event_timestamp", *(column.name for column in view.columns)]
+            row = [user_id, datetime(as_of.year, as_of.month, as_of.day, tzinfo=UTC)]
+            row += [values[column.name] for column in view.columns]
+            table, columns = sql.Identifier("online", view.name), sql.SQL(", ").join(map(sql.Identifier, names))
+            self.execute(sql.SQL("DELETE FROM {} WHERE user_id = %s").format(table), user_id)
+            marks = sql.SQL(", ").join(sql.SQL("%s") for _ in names)
+            self.execute(sql.SQL("INSERT INTO {} ({}) VALUES ({})").format(table, columns, marks), *row)
+
+    def register(self, version: int, artifact: bytes, **changes: Any) -> None:
+        record = {
+            "version": version,
+            "run_id": f"run-{version}",
+            "as_of": JANUARY.as_of,
+            "service": "churn_v1",
+            "threshold": 0.5,
+            "artifact_path": "scorer.bin",
+            "artifact_sha256": sha256(artifact),
+            "dataset_digest": "d",
+            "predictions_digest": "p",
+            "metrics": Jsonb({}),
+            "gates": Jsonb([]),
+            "lineage": Jsonb({}),
+            "registered_at": datetime(2024, 2, 1, tzinfo=UTC),
+        } | changes
+        self.mlflow.files[f"run-{version}", "scorer.bin"] = artifact
+        names = sql.SQL(", ").join(map(sql.Identifier, record))
+        marks = sql.SQL(", ").join(sql.SQL("%s") for _ in record)
+        query = sql.SQL("INSERT INTO streamflow.model_versions ({}) VALUES ({})").format(names, marks)
+        self.execute(query, *record.values())
+
+    def decide(self, action: str, version: int) -> None:
+        query = """
+            INSERT INTO streamflow.promotion_ledger (at, action, version, previous, by, reason, policy, override, gates)
+            VALUES (%s, %s, %s, NULL, 'ada', 'a test', 'manual', false, '[]')
+        """
+        self.execute(query, datetime(2024, 2, 2, tzinfo=UTC), action, version)
+
+    def promote(self, version: int, artifact: bytes, **changes: Any) -> None:
+        self.register(version, artifact, **changes)
+        self.decide("promote", version)
+
+
+def named(name: str) -> str:
+    return urlsplit(POSTGRES_URL)._replace(path=f"/{name}").geturl()
+
+
+@contextmanager
+def new_database(template: str) -> Iterator[str]:
+    name = f"serving_{uuid4().hex}"
+    with psycopg.connect(POSTGRES_URL, autocommit=True) as server:
+        server.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template)))
+    try:
+        yield name
+    finally:
+        with psycopg.connect(POSTGRES_URL, autocommit=True) as server:
+            server.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+@contextmanager
+def running(settings: Settings) -> Iterator[httpx.Client]:
+    """The service on a free port, in a thread."""
+    app = create_app(settings, clock=lambda: datetime(2024, 3, 1, 12, 30, tzinfo=UTC))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, http="httptools", log_config=None, access_log=False))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        eventually(lambda: server.started)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+def predict(api: httpx.Client, user_id: str = KNOWN) -> httpx.Response:
+    return api.post("/predict", json={"user_id": user_id})
+
+
+def problem(answer: httpx.Response, status: int, name: str) -> dict[str, Any]:
+    """The problem details of an answer, which must be complete."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    details: dict[str, Any] = answer.json()
+    assert details["type"] == f"urn:streamflow:problem:{name}"
+    assert details["status"] == status
+    assert details["title"]
+    assert details["detail"]
+    assert details["request_id"] == answer.headers["x-request-id"]
+    assert details["instance"] == f"urn:uuid:{details['request_id']}"
+    return details

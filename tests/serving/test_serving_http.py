@@ -1,0 +1,224 @@
+"""What goes over the wire: closed bodies, problem details on every error, ids of any kind, the description."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from litestar.exceptions import HTTPException
+from litestar.testing import TestClient
+from serving_world import KNOWN, predict, problem, with_a_new_feature
+
+from serving.app import create_app
+from serving.features import UnknownUser
+from serving.problems import KINDS, kind_of
+from streamflow.contract import CONTRACT, Contract
+from streamflow.errors import ConfigurationError, StreamFlowError
+from streamflow.settings import Settings
+
+JSON = {"content-type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"", "empty"),
+        (b"{", "truncated"),
+        (b"\xff", "malformed"),
+        (b"null", "object"),
+        (b"[]", "object"),
+        (b"{}", "user_id"),
+        (b'{"user_id": 1}', "user_id"),
+        (b'{"user_id": null}', "user_id"),
+        (b'{"user_id": "a", "threshold": 0.1}', "threshold"),
+        (b'{"user_id": "a\\n"}', "user_id"),
+        (b'{"user_id": NaN}', "malformed"),
+        (b"[" * 60_000, "nested"),
+        (b'{"user_id": "' + b"a" * 65 + b'"}', "user_id"),
+    ],
+)
+def test_a_malformed_body_is_400_and_says_where(api: httpx.Client, body: bytes, says: str) -> None:
+    details = problem(api.post("/predict", content=body, headers=JSON), 400, "malformed-request")
+    assert says in details["detail"]
+    problem(api.post("/predict/batch", content=body, headers=JSON), 400, "malformed-request")
+
+
+@pytest.mark.parametrize("media_type", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
+def test_another_media_type_is_415(api: httpx.Client, media_type: str | None) -> None:
+    headers = {"content-type": media_type} if media_type else {}
+    content = json.dumps({"user_id": KNOWN}).encode()
+    problem(api.post("/predict", content=content, headers=headers), 415, "unsupported-media-type")
+
+
+def test_json_with_a_charset_is_json(api: httpx.Client) -> None:
+    content = json.dumps({"user_id": KNOWN}).encode()
+    headers = {"content-type": "Application/JSON; charset=utf-8"}
+    assert api.post("/predict", content=content, headers=headers).status_code == 200
+
+
+def _chunks() -> Iterator[bytes]:
+    for _ in range(100):
+        yield b" " * 1024
+
+
+def test_a_body_too_large_is_413_announced_or_not(api: httpx.Client) -> None:
+    problem(api.post("/predict", content=b" " * 70_000, headers=JSON), 413, "too-large")
+    problem(api.post("/predict", content=_chunks(), headers=JSON), 413, "too-large")
+    problem(api.post("/predict/batch", content=b" " * 140_000, headers=JSON), 413, "too-large")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "name"),
+    [
+        ("GET", "/predict", 405, "method-not-allowed"),
+        ("DELETE", "/features/a", 405, "method-not-allowed"),
+        ("POST", "/health", 405, "method-not-allowed"),
+        ("GET", "/nowhere", 404, "not-found"),
+        ("GET", "/features/", 404, "not-found"),
+        ("GET", "/schema/nowhere", 404, "not-found"),
+    ],
+)
+def test_errors_of_routing_are_problems_too(api: httpx.Client, method: str, path: str, status: int, name: str) -> None:
+    answer = api.request(method, path)
+    problem(answer, status, name)
+    assert ("allow" in answer.headers) == (status == 405)
+
+
+def test_every_answer_has_its_own_request_id(api: httpx.Client) -> None:
+    answers = [api.get("/health"), api.get("/health"), api.get("/nowhere"), predict(api), api.get("/schema")]
+    assert len({answer.headers["x-request-id"] for answer in answers}) == len(answers)
+
+
+ids = st.one_of(
+    st.text(max_size=100),
+    st.text(st.characters(min_codepoint=0, max_codepoint=31), max_size=5),
+    st.sampled_from(["", "'; DROP TABLE users; --", '"', "\\", "%s", "%00", "\x00", "a" * 10_000, "a\n", "..", "NULL"]),
+    st.from_regex(r"\A[A-Za-z0-9_.:-]{1,70}\Z"),
+)
+anything = st.one_of(
+    ids, st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.lists(ids, max_size=2)
+)
+fuzz = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def _is_no_fault_of_ours(answer: httpx.Response) -> None:
+    assert answer.status_code < 500, answer.text
+    if answer.status_code != 200:
+        problem(answer, answer.status_code, answer.json()["type"].rpartition(":")[2])
+
+
+@fuzz
+@given(user_id=anything)
+def test_no_id_makes_predict_fail(api: httpx.Client, user_id: Any) -> None:
+    _is_no_fault_of_ours(predict(api, user_id))
+    _is_no_fault_of_ours(api.post("/predict/batch", json={"user_ids": [KNOWN, user_id]}))
+
+
+@fuzz
+@given(user_id=ids)
+def test_no_id_makes_features_fail(api: httpx.Client, user_id: str) -> None:
+    answer = api.get(f"/features/{quote(user_id, safe='')}")
+    _is_no_fault_of_ours(answer)
+    assert answer.status_code in (400, 404)
+
+
+@fuzz
+@given(body=st.binary(max_size=200))
+def test_no_body_makes_predict_fail(api: httpx.Client, body: bytes) -> None:
+    _is_no_fault_of_ours(api.post("/predict", content=body, headers=JSON))
+
+
+def test_a_defect_is_500_without_its_secrets(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.predictor.Predictor.predict", lambda *_: 1 / 0)
+    with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+        answer = client.post("/predict", json={"user_id": KNOWN})
+    details = problem(answer, 500, "internal-error")
+    assert "division" not in answer.text
+    assert details["request_id"]
+
+
+class _Unmapped(StreamFlowError):
+    pass
+
+
+def test_the_table_of_problems() -> None:
+    types = [kind.type for kind in KINDS.values()]
+    assert len(types) == len(set(types))
+    assert kind_of(UnknownUser("x", ())).status == 404
+    assert kind_of(_Unmapped("x")).status == 500
+    assert kind_of(HTTPException(status_code=418)).status == 500
+    assert all(kind.retry_after_s for kind in KINDS.values() if kind.status == 503)
+
+
+def _openapi(settings: Settings, contract: Contract) -> dict[str, Any]:
+    with TestClient(create_app(settings, contract=contract)) as client:
+        description: dict[str, Any] = client.get("/schema/openapi.json").json()
+        return description
+
+
+def test_the_description_lists_the_contracts_features(settings: Settings) -> None:
+    for contract in (CONTRACT, with_a_new_feature()):
+        schemas = _openapi(settings, contract)["components"]["schemas"]
+        for described in (
+            schemas["Prediction"]["properties"]["features_used"],
+            schemas["FeaturesOfUser"]["properties"]["features"],
+        ):
+            columns = contract.service("churn_v1").columns
+            assert list(described["properties"]) == [column.name for column in columns]
+    assert described["properties"]["coupons_used"] == {
+        "type": "integer",
+        "description": "Coupons used. [coupons]",
+        "minimum": 0,
+        "maximum": 9,
+    }
+    assert described["properties"]["monthly_fee"]["type"] == "number"
+
+
+def test_the_description_of_several_feature_services_offers_each(settings: Settings) -> None:
+    contract = replace(
+        CONTRACT,
+        service_views={**CONTRACT.service_views, "payments": ("payments_agg_90d_fv",)},
+        service_descriptions={**CONTRACT.service_descriptions, "payments": "Payments only."},
+    )
+    described = _openapi(settings, contract)["components"]["schemas"]["Prediction"]["properties"]["features_used"]
+    assert [choice["title"] for choice in described["anyOf"]] == ["churn_v1", "payments"]
+
+
+def test_the_description_names_every_problem_of_predict(settings: Settings) -> None:
+    responses = _openapi(settings, CONTRACT)["paths"]["/predict"]["post"]["responses"]
+    assert set(responses) == {"200", "400", "404", "413", "415", "422", "503"}
+    assert all("application/problem+json" in responses[status]["content"] for status in responses if status != "200")
+
+
+class _Links(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.external: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        assert tag != "script"
+        self.external += [str(value) for name, value in attributes if name in ("href", "src") and "//" in str(value)]
+
+
+def test_the_page_needs_no_internet(settings: Settings) -> None:
+    with TestClient(create_app(settings)) as client:
+        page = client.get("/schema")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    links = _Links()
+    links.feed(page.text)
+    assert links.external == []
+    for text in ("POST /predict", "Score one customer", "features_used.monthly_fee", "Fee charged", "Unknown user"):
+        assert text in page.text
+
+
+def test_without_a_database_address_there_is_no_service(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="STREAMFLOW_DATABASE_URL"):
+        create_app(Settings(home=tmp_path), clock=lambda: datetime(2024, 1, 1, tzinfo=UTC))
