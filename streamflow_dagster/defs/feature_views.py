@@ -1,5 +1,7 @@
 """The feature views: a month of a snapshot, published to the online store."""
 
+from time import perf_counter
+
 from dagster import AssetExecutionContext, AssetsDefinition, MaterializeResult, asset
 
 from streamflow import pipeline
@@ -26,7 +28,8 @@ def published(view: FeatureView) -> AssetsDefinition:
         metadata={"features": [column.name for column in view.columns]},
     )
     def feature_view(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:
-        return materialized(pipeline.publish_view(core.platform, view, month_of(context), core.now()))
+        started = perf_counter()
+        return materialized(pipeline.publish_view(core.platform, view, month_of(context), core.now()), started)
 
     return feature_view
 

@@ -2,20 +2,16 @@
 
 from dagster import AssetSelection, define_asset_job
 
-from streamflow_dagster.defs.partitions import MONTHLY
-
 DATA_GROUPS = ("landing", "snapshots", "feature_views")
 
 whole_month = define_asset_job(
     "whole_month",
     selection=AssetSelection.all(),
-    partitions_def=MONTHLY,
     description="A landed month through the whole graph: tables, snapshots, feature views, model, version.",
 )
 month_data = define_asset_job(
     "month_data",
     selection=AssetSelection.groups(*DATA_GROUPS) - AssetSelection.assets("labels"),
-    partitions_def=MONTHLY,
     description="The data layers of a month that has landed without labels: everything but labels and model.",
 )
 

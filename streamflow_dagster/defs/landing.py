@@ -1,6 +1,8 @@
 """The landed tables: a validated CSV of the month, copied into the warehouse."""
 
-from dagster import AssetExecutionContext, AssetsDefinition, MaterializeResult, asset
+from time import perf_counter
+
+from dagster import AssetExecutionContext, AssetsDefinition, MaterializeResult, MetadataValue, asset
 
 from streamflow import pipeline
 from streamflow.contract import CONTRACT, Table
@@ -27,11 +29,13 @@ def landed_table(table: Table) -> AssetsDefinition:
         check_specs=checks.of_rows(table.name),
     )
     def landed(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:
-        month = month_of(context)
+        started, month = perf_counter(), month_of(context)
         written = pipeline.load_table(core.platform, table, month, core.now())
         findings = landing_findings(core.platform.database, table, month)
         file = core.platform.landing.path(month, table.name)
-        return materialized(written, checks=check_results(findings, table.name), more={"file": str(file)})
+        return materialized(
+            written, started, checks=check_results(findings, table.name), more={"file": MetadataValue.path(file)}
+        )
 
     return landed
 

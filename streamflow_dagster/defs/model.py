@@ -1,6 +1,7 @@
 """The model: what it learns from, the trained pipeline, and its version in the registry."""
 
 import base64
+from time import perf_counter
 
 from dagster import AssetCheckResult, AssetExecutionContext, MaterializeResult, MetadataValue, asset
 
@@ -24,9 +25,10 @@ SNAPSHOTS = [view.snapshot for view in CONTRACT.service(pipeline.SERVICE).views]
 )
 def training_dataset(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:
     """Features and labels of the same as_of, joined point in time through Feast, kept under their digest."""
+    started = perf_counter()
     written = pipeline.assemble_dataset(core.platform, month_of(context), core.now())
     shown = {name: written.facts[name] for name in ("service", "dropped", "churn_rate")}
-    return materialized(written, more={**shown, "files": MetadataValue.json(written.facts["files"])})
+    return materialized(written, started, more={**shown, "files": MetadataValue.json(written.facts["files"])})
 
 
 @asset(
@@ -41,6 +43,7 @@ def training_dataset(context: AssetExecutionContext, core: PlatformResource) -> 
 )
 def churn_model(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:
     """The month's churn model: fitted, evaluated on held-out users, compiled, and logged in MLflow."""
+    started = perf_counter()
     trained = pipeline.train(core.platform, month_of(context), core.now())
     agreement = AssetCheckResult(
         passed=trained.parity.holds,
@@ -53,6 +56,7 @@ def churn_model(context: AssetExecutionContext, core: PlatformResource) -> Mater
     image = base64.b64encode(trained.roc).decode()
     return materialized(
         trained.write,
+        started,
         checks=[agreement],
         more={
             **trained.metrics,
@@ -72,9 +76,11 @@ def churn_model(context: AssetExecutionContext, core: PlatformResource) -> Mater
 )
 def registered_model_version(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:
     """The model's version in MLflow and in our own records, and what the promotion policy made of it."""
+    started = perf_counter()
     registered = pipeline.register(core.platform, month_of(context), core.now())
     return materialized(
         registered.write,
+        started,
         more={
             "version": registered.version.version,
             "promoted": registered.decision.promote,

@@ -1,6 +1,7 @@
 """How a month's write and its findings are shown in Dagster."""
 
 from collections.abc import Iterable, Mapping
+from time import perf_counter
 from typing import Any
 
 from dagster import (
@@ -25,9 +26,16 @@ def month_of(context: AssetExecutionContext) -> Month:
 
 
 def materialized(
-    written: MonthWrite, *, checks: Iterable[AssetCheckResult] = (), more: Mapping[str, Any] | None = None
+    written: MonthWrite,
+    started: float,
+    *,
+    checks: Iterable[AssetCheckResult] = (),
+    more: Mapping[str, Any] | None = None,
 ) -> MaterializeResult:
-    """A month's write: its content is the data version, so that unchanged content leaves downstream fresh."""
+    """A month's write: its content is the data version, so that unchanged content leaves downstream fresh.
+
+    ``started`` is what `time.perf_counter` said when the work began.
+    """
     sources = {name: f"revision {one['revision']}, {one['digest'][:12]}" for name, one in written.sources.items()}
     return MaterializeResult(
         asset_key=written.relation,
@@ -37,6 +45,7 @@ def materialized(
             "dagster/row_count": written.rows,
             "revision": written.revision,
             "digest": written.digest,
+            "duration (s)": round(perf_counter() - started, 3),
             **({"made from": MetadataValue.json(sources)} if sources else {}),
             **(more or {}),
         },

@@ -1,5 +1,7 @@
 """The snapshots: what was known of each customer on the month's last day."""
 
+from time import perf_counter
+
 from dagster import AssetExecutionContext, AssetsDefinition, MaterializeResult, asset
 
 from streamflow import pipeline
@@ -30,11 +32,14 @@ def snapshot_of(table: Table) -> AssetsDefinition:
         check_specs=checks.of_rows(name),
     )
     def snapshot(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:
-        month = month_of(context)
+        started, month = perf_counter(), month_of(context)
         written = pipeline.build_snapshot(core.platform, table, month, core.now())
         findings = snapshot_findings(core.platform.database, table, month)
         return materialized(
-            written, checks=check_results(findings, name), more={"customers without features": written.facts["missing"]}
+            written,
+            started,
+            checks=check_results(findings, name),
+            more={"customers without features": written.facts["missing"]},
         )
 
     return snapshot

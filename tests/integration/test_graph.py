@@ -1,0 +1,181 @@
+"""Months through the asset graph as Dagster runs and records them: metadata, checks, a bad month beside good ones."""
+
+import shutil
+from datetime import UTC, datetime
+from unittest import mock
+
+import psycopg
+import pytest
+from dagster import AssetCheckKey, AssetKey, DagsterEventType
+
+from streamflow import pipeline, stack
+from streamflow.landing import LandingZone
+from streamflow.months import Month
+from streamflow.pipeline import Platform
+from streamflow.settings import Settings
+from streamflow.simulate import simulate
+from streamflow.status import month_statuses
+from streamflow_dagster import runner
+
+JANUARY, FEBRUARY, MARCH = Month.parse_range("2024-01..2024-03")
+NOW = datetime(2024, 4, 1, tzinfo=UTC)
+USERS = 500
+VICTIM = "usage_agg_30d"
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory, database):
+    home = tmp_path_factory.mktemp("graph")
+    simulate(home / "data", [JANUARY, FEBRUARY, MARCH], users=USERS)
+    settings = Settings(home=home, database_url=database.url, owner_database_url=database.owner_url)
+    with mock.patch.dict("os.environ", stack.environment(settings, database)):
+        platform = Platform(settings, database)
+        pipeline.prepare(Platform(settings, database))
+        yield platform
+
+
+@pytest.fixture(scope="module")
+def dagster(platform):
+    with runner.instance() as opened:
+        yield opened
+
+
+def land(platform, month, *, labelled=True):
+    folder = platform.settings.home / "data" / str(month)
+    if not labelled:
+        without = platform.settings.home / "unlabelled" / str(month)
+        shutil.copytree(folder, without)
+        (without / "labels.csv").unlink()
+        folder = without
+    return LandingZone(platform.settings.home).land(folder, month, NOW)
+
+
+def run(dagster, month, *, labelled=True):
+    told = []
+    done = runner.run_month(dagster, month, labelled=labelled, progress=told.append)
+    return done, told
+
+
+@pytest.fixture(scope="module")
+def february(platform, dagster):
+    """The second month first, materialized whole."""
+    land(platform, FEBRUARY)
+    return run(dagster, FEBRUARY)
+
+
+def metadata(dagster, asset, month):
+    record = dagster.get_latest_materialization_event(AssetKey(asset))
+    found = [
+        entry.asset_materialization
+        for entry in dagster.all_logs(record.run_id, of_type=DagsterEventType.ASSET_MATERIALIZATION)
+        if entry.asset_materialization.asset_key == AssetKey(asset)
+        and entry.asset_materialization.partition == str(month)
+    ]
+    return {name: value.value for name, value in found[-1].metadata.items()}
+
+
+def check_states(dagster, asset, check):
+    """Outcome by month, the newest last."""
+    records = dagster.event_log_storage.get_asset_check_execution_history(
+        AssetCheckKey(AssetKey(asset), check), limit=50
+    )
+    return {record.partition: record.status.value for record in reversed(records)}
+
+
+def test_a_month_goes_through_the_whole_graph_and_every_asset_is_told(february):
+    done, told = february
+    assert done.failures == {}
+    assert len(told) == len(set(told)) == runner.assets_of(labelled=True) == 17
+    assert told.index("users") < told.index("usage_agg_30d_snapshots") < told.index("usage_agg_30d_fv")
+
+
+def test_metadata_says_rows_digest_revision_duration_and_links(platform, dagster, february):
+    table = metadata(dagster, "users", FEBRUARY)
+    landed = platform.landing.manifest(FEBRUARY).current["users"]
+    assert table["dagster/row_count"] == USERS
+    assert table["revision"] == 1
+    assert table["digest"] == landed.sha256
+    assert table["duration (s)"] >= 0
+    assert table["file"].endswith(landed.sha256)
+    snapshot = metadata(dagster, "usage_agg_30d_snapshots", FEBRUARY)
+    assert snapshot["customers without features"] == 0
+    assert set(snapshot["made from"]) == {"users", "usage_agg_30d"}
+    model = metadata(dagster, "churn_model", FEBRUARY)
+    assert model["ROC curve"].startswith("![ROC curve](data:image/png;base64,iVBOR")
+    assert "/runs/" in model["MLflow run"]
+    assert 0.5 < model["auc"] < 1
+    version = metadata(dagster, "registered_model_version", FEBRUARY)
+    assert version["version"] == 1
+    assert version["promoted"] is True
+    assert "| no_decision_flips | passed |" in version["gates"]
+
+
+def test_checks_stand_under_their_month(dagster, february):
+    assert check_states(dagster, "users", "row_count_equals_source")["2024-02"] == "SUCCEEDED"
+    assert check_states(dagster, "churn_model", "compiled_scorer_agrees")["2024-02"] == "SUCCEEDED"
+
+
+@pytest.fixture(scope="module")
+def bad_january(platform, dagster, database, february):
+    """January's usage loses a customer on its way into the warehouse; February's and March's don't."""
+    land(platform, JANUARY)
+    land(platform, MARCH, labelled=False)
+    lost = platform.landing.read(JANUARY, VICTIM)["user_id"][0].as_py()
+    with psycopg.connect(database.owner_url) as connection:
+        connection.execute(
+            f"""
+            CREATE FUNCTION streamflow.lose_one() RETURNS trigger LANGUAGE plpgsql AS $$
+            BEGIN
+                RETURN NULL;
+            END $$;
+            CREATE TRIGGER lose_one BEFORE INSERT ON streamflow.{VICTIM}
+            FOR EACH ROW WHEN (NEW.month = '{JANUARY}' AND NEW.user_id = '{lost}') EXECUTE FUNCTION streamflow.lose_one();
+            """
+        )
+    outcomes = run(dagster, JANUARY), run(dagster, MARCH, labelled=False)
+    with psycopg.connect(database.owner_url) as connection:
+        connection.execute("DROP FUNCTION streamflow.lose_one() CASCADE")
+    return outcomes
+
+
+def test_a_failed_check_stops_its_own_downstream_and_says_which(bad_january):
+    (done, told), _ = bad_january
+    assert list(done.failures) == [VICTIM]
+    assert "row_count_equals_source" in done.failures[VICTIM]
+    stopped = {"usage_agg_30d_snapshots", "usage_agg_30d_fv", "training_dataset", "churn_model"}
+    assert stopped.isdisjoint(told)
+    assert {"users", "payments_agg_90d_snapshots", "payments_agg_90d_fv"} <= set(told)
+
+
+def test_a_bad_month_does_not_stop_another_and_shows_under_its_own(dagster, bad_january):
+    _, (march, _) = bad_january
+    assert march.failures == {}
+    assert check_states(dagster, VICTIM, "row_count_equals_source") == {
+        "2024-01": "FAILED",
+        "2024-02": "SUCCEEDED",
+        "2024-03": "SUCCEEDED",
+    }
+
+
+def test_a_month_without_labels_has_its_features_online_and_trains_nothing(platform, bad_january):
+    _, (march, told) = bad_january
+    assert len(told) == runner.assets_of(labelled=False) == 13
+    assert "labels" not in told
+    states = {one.month: one.state for one in month_statuses(platform)}
+    assert states["2024-03"] == "unlabelled"
+    assert states["2024-02"] == "complete"
+    assert march.succeeded
+
+
+def test_the_mended_month_and_late_labels_complete_everything(platform, dagster, bad_january):
+    folder = platform.settings.home / "data" / str(MARCH)
+    only_labels = platform.settings.home / "late"
+    only_labels.mkdir()
+    shutil.copy(folder / "labels.csv", only_labels)
+    assert list(LandingZone(platform.settings.home).land(only_labels, MARCH, NOW).changed) == ["labels"]
+    for month in (JANUARY, MARCH):
+        done, _ = run(dagster, month)
+        assert done.failures == {}
+    assert {one.state for one in month_statuses(platform)} == {"complete"}
+    assert [version.as_of.month for version in platform.ledger.versions()] == [2, 1, 3]
+    assert platform.ledger.production() == 1
