@@ -129,7 +129,7 @@ def _command(settings: Settings, database: Database, *arguments: str) -> float:
     started = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "streamflow", *arguments],
-        env={**os.environ, **stack.environment(settings, database)},
+        env={**os.environ, **stack.environment(settings, database), stack.OWNER_ADDRESS: database.owner_url},
         check=True,
         stdout=subprocess.DEVNULL,
     )

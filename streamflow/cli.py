@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from streamflow.errors import ConfigurationError, StreamFlowError
+from streamflow.errors import ConfigurationError, RegistryUnavailable, StreamFlowError, WarehouseUnavailable
 from streamflow.months import FIRST_MONTH, Month
 from streamflow.settings import Settings
 
@@ -57,16 +58,54 @@ def now() -> datetime:
 
 
 @contextmanager
-def connected(settings: Settings | None = None) -> Iterator["Platform"]:
+def connected() -> Iterator["Platform"]:
     """The platform of the environment; its embedded PostgreSQL runs at least as long as the block."""
+    import psycopg
+
     from streamflow import stack
     from streamflow.embedded import postgres
     from streamflow.pipeline import Platform
 
-    settings = settings or Settings.load()
+    settings = Settings.load()
     with postgres(settings) as database:
+        with database.connect():
+            pass  # a database that is away is said here, and not deep in a library that tries again and again
         os.environ.update(stack.environment(settings, database))
-        yield Platform(settings, database)
+        try:
+            yield Platform(settings, database)
+        except psycopg.errors.InsufficientPrivilege as failure:
+            reason = failure.diag.message_primary
+            raise ConfigurationError(
+                f"PostgreSQL refuses: {reason}; set {stack.OWNER_ADDRESS} for `streamflow migrate`"
+            ) from failure
+        except psycopg.OperationalError as failure:
+            raise WarehouseUnavailable(f"PostgreSQL has gone away: {str(failure).strip()}") from failure
+
+
+def _month(key: str) -> Month:
+    """The month that an argument names; anything else is wrong usage."""
+    try:
+        return Month.parse(key)
+    except ConfigurationError as refusal:
+        raise typer.BadParameter(str(refusal)) from refusal
+
+
+def _months(text: str) -> list[Month]:
+    """The months of an argument YYYY-MM or YYYY-MM..YYYY-MM; anything else is wrong usage."""
+    try:
+        return Month.parse_range(text)
+    except ConfigurationError as refusal:
+        raise typer.BadParameter(str(refusal)) from refusal
+
+
+@contextmanager
+def prepared() -> Iterator["Platform"]:
+    """The same, once `streamflow migrate` has been run there."""
+    from streamflow.pipeline import require_prepared
+
+    with connected() as platform:
+        require_prepared(platform)
+        yield platform
 
 
 def as_json(facts: Any) -> None:
@@ -100,14 +139,14 @@ def simulate(
     from streamflow import simulate as simulator
 
     scenario = simulator.Scenario(
-        feature_drift_from=Month.parse(feature_drift_from) if feature_drift_from else None,
+        feature_drift_from=_month(feature_drift_from) if feature_drift_from else None,
         feature_drift=feature_drift,
-        concept_drift_from=Month.parse(concept_drift_from) if concept_drift_from else None,
+        concept_drift_from=_month(concept_drift_from) if concept_drift_from else None,
         concept_drift=concept_drift,
         drift_months=drift_months,
         season=season,
     )
-    folders = simulator.simulate(out_folder, Month.parse_range(months), users=users, seed=seed, scenario=scenario)
+    folders = simulator.simulate(out_folder, _months(months), users=users, seed=seed, scenario=scenario)
     out.print(f"{len(folders)} months of {users:,} users in {out_folder}; the truth is in {out_folder / '.truth'}")
 
 
@@ -123,7 +162,7 @@ def land(
 
     if month and first_month:
         raise typer.BadParameter("give --month for one folder or --first-month for a folder of folders, not both")
-    folders = [(path, Month.parse(month))] if month else folders_in(path, Month.parse(first_month or FIRST_MONTH))
+    folders = [(path, _month(month))] if month else folders_in(path, _month(first_month or FIRST_MONTH))
     zone = LandingZone(Settings.load().home)
     landed = [zone.land(folder, of, now()) for folder, of in folders]
     if json_:
@@ -155,7 +194,7 @@ def _facts(struct: Any) -> dict[str, Any]:
 
 @app.command()
 def migrate() -> None:
-    """Bring the databases of the platform, Feast, MLflow and Dagster to this version."""
+    """Bring the databases of the platform, Feast and Dagster to this version, and MLflow's stages up to the ledger."""
     from streamflow import pipeline
 
     with connected() as platform:
@@ -163,6 +202,11 @@ def migrate() -> None:
             out.print(change)
         with _dagster_runner().instance():
             pass
+        if platform.ledger.production() is not None:
+            try:
+                platform.ledger.follow()
+            except RegistryUnavailable as failure:
+                err.print(f"MLflow's stages could not follow the ledger: {failure}", markup=False)
 
 
 @app.command("run")
@@ -172,8 +216,8 @@ def run_(
     """Materialize months through the whole graph, a run for each; a bad month does not stop the others."""
     from streamflow.contract import CONTRACT
 
-    wanted = list(dict.fromkeys(month for text in months for month in Month.parse_range(text)))
-    with connected() as platform:
+    wanted = list(dict.fromkeys(month for text in months for month in _months(text)))
+    with prepared() as platform:
         landed = {month: platform.landing.manifest(month) for month in wanted}
         labelled = {month: CONTRACT.label_table.name in manifest.tables for month, manifest in landed.items()}
         failed = _materialize(labelled)
@@ -214,8 +258,8 @@ def _materialize(labelled: dict[Month, bool]) -> int:
             )
             outcome = f"{done.seconds:.1f} s" if done.succeeded else "failed"
             progress.update(task, asset=outcome)
+            failed += not done.succeeded
             for asset, reason in done.failures.items():
-                failed += asset == next(iter(done.failures))
                 err.print(f"{month} {asset}: {reason}", markup=False)
     return failed
 
@@ -226,7 +270,7 @@ def _materialize(labelled: dict[Month, bool]) -> int:
 @app.command()
 def models(json_: AsJson = False) -> None:
     """List the registered versions with their stage, metrics and gates."""
-    with connected() as platform:
+    with prepared() as platform:
         stages = {number: version.stage for number, version in platform.registry.versions().items()}
         versions = platform.ledger.versions()
     facts = [
@@ -267,7 +311,7 @@ def promote(
     json_: AsJson = False,
 ) -> None:
     """Make a version Production; the service follows within seconds."""
-    with connected() as platform:
+    with prepared() as platform:
         entry = platform.ledger.promote(
             version, by=by, reason=reason, now=now(), policy=platform.policy, override=override
         )
@@ -282,7 +326,7 @@ def rollback(
     json_: AsJson = False,
 ) -> None:
     """Go back to the version that was Production before, without training."""
-    with connected() as platform:
+    with prepared() as platform:
         entry = platform.ledger.rollback(version, by=by, reason=reason, now=now(), policy=platform.policy)
     _print_entry(entry, json_=json_)
 
@@ -303,7 +347,7 @@ def rebuild(
     """Rebuild a version's dataset from the archived files, train again, and compare the predictions."""
     from streamflow import pipeline
 
-    with connected() as platform:
+    with prepared() as platform:
         rebuilt = pipeline.rebuild(platform, version)
     if json_:
         as_json(rebuilt)
@@ -324,9 +368,11 @@ def predict(user_id: str) -> None:
 
     address = _api(Settings.load())
     try:
-        response = httpx.post(f"{address}/predict", json={"user_id": user_id}, timeout=10)
+        response = httpx.post(f"{address}/predict", json={"user_id": user_id}, timeout=10, trust_env=False)
     except httpx.HTTPError as failure:
         raise StreamFlowError(f"no service answers at {address} ({failure}); start `streamflow up`") from failure
+    if "json" not in response.headers.get("content-type", ""):
+        raise StreamFlowError(f"what answers at {address} is not StreamFlow; set STREAMFLOW_API_PORT")
     as_json(response.json())
     if response.is_error:
         raise StreamFlowError(f"{response.json().get('title', 'refused')} ({response.status_code})")
@@ -343,7 +389,7 @@ def status(json_: AsJson = False) -> None:
     """Tell what is in Production and the state of each month."""
     from streamflow import status as state
 
-    with connected() as platform:
+    with prepared() as platform:
         months = state.month_statuses(platform)
         production = state.production_status(platform.ledger.entries(), platform.ledger.versions())
     if json_:
@@ -390,8 +436,8 @@ def backtest(
     """Replay simulated months under fixed retraining policies and report AUC per month."""
     from streamflow import backtest as replay
 
-    drift = Month.parse(concept_drift_from) if concept_drift_from else None
-    result = replay.backtest(Month.parse_range(months), users=users, seed=seed, concept_drift_from=drift)
+    drift = _month(concept_drift_from) if concept_drift_from else None
+    result = replay.backtest(_months(months), users=users, seed=seed, concept_drift_from=drift)
     if json_:
         as_json(result)
         return
@@ -411,7 +457,8 @@ def env() -> None:
 
     with connected() as platform:
         for name, value in sorted(stack.environment(platform.settings, platform.database).items()):
-            sys.stdout.write(f"export {name}={shlex.quote(value)}\n")
+            if value:
+                sys.stdout.write(f"export {name}={shlex.quote(value)}\n")
 
 
 @app.command()
@@ -435,8 +482,11 @@ def _replace_by(name: str) -> None:
 
     with connected() as platform:
         command = stack.command(name, platform.settings, platform.database)
-        code = subprocess.run(command.argv, env={**os.environ, **command.environment}, check=False).returncode
-    sys.exit(code)
+        with subprocess.Popen(command.argv, env={**os.environ, **command.environment}) as process:
+            signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the service by itself
+            code = process.wait()
+    sys.exit(code if code >= 0 else 128 - code)
 
 
 @app.command()
@@ -450,4 +500,4 @@ def up(
     from streamflow.up import bring_up
 
     settings = Settings.load(**({"policy": policy} if policy else {}))
-    sys.exit(bring_up(settings, data=data, first_month=Month.parse(first_month), once=once, console=out))
+    sys.exit(bring_up(settings, data=data, first_month=_month(first_month), once=once, console=out))

@@ -413,7 +413,7 @@ def wait_until_ready(url: str, what: str, timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         with suppress(httpx.HTTPError):
-            if httpx.get(url, timeout=5).status_code == httpx.codes.OK:
+            if httpx.get(url, timeout=5, trust_env=False).status_code == httpx.codes.OK:
                 return
         time.sleep(0.1)
     raise StreamFlowError(f"{what} is not ready at {url} after {timeout_s:.0f} s; see its log")

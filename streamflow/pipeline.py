@@ -22,7 +22,7 @@ from streamflow import dataset, features, warehouse
 from streamflow.contract import CONTRACT, USER_ID, Contract, FeatureView, Table
 from streamflow.database import Database
 from streamflow.dataset import TrainingDataset
-from streamflow.errors import UnknownMonth
+from streamflow.errors import ConfigurationError, UnknownMonth
 from streamflow.landing import LandingZone
 from streamflow.months import Month
 from streamflow.promotion import Decision, Ledger, Policy, Version, apply_policy, check_gates
@@ -129,6 +129,14 @@ def prepare(platform: Platform) -> list[str]:
     changes = warehouse.migrate(platform.database, platform.contract)
     features.apply(platform.feature_store, platform.contract)
     return changes
+
+
+def require_prepared(platform: Platform) -> None:
+    """Raise ConfigurationError unless `prepare` has run here, WarehouseUnavailable when PostgreSQL does not answer."""
+    with platform.database.connect() as connection:
+        prepared = connection.execute("SELECT to_regclass('streamflow.month_writes')").fetchone()
+    if prepared == (None,):
+        raise ConfigurationError("the database has not been prepared; run `streamflow migrate`")
 
 
 def load_table(platform: Platform, table: Table, month: Month, now: datetime) -> MonthWrite:
@@ -405,9 +413,7 @@ def rebuild(platform: Platform, number: int) -> Rebuilt:
 
 def run_link(platform: Platform, run_id: str) -> str:
     """Where a run's page is in the MLflow UI."""
-    settings = platform.settings
-    address = settings.mlflow_uri or f"http://{settings.host}:{settings.mlflow_port}"
-    return f"{address}/#/experiments/{platform.registry.experiment_id}/runs/{run_id}"
+    return f"{platform.settings.mlflow_page}/#/experiments/{platform.registry.experiment_id}/runs/{run_id}"
 
 
 def predictions_digest(user_ids: Sequence[str], probabilities: "NDArray[np.float64]") -> str:

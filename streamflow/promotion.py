@@ -47,7 +47,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             policy = msgspec.toml.decode(path.read_bytes(), type=cls)
         except OSError as failure:
             raise ConfigurationError(f"the policy file {path} cannot be read: {failure.strerror}") from failure
-        except msgspec.DecodeError as failure:
+        except (msgspec.DecodeError, UnicodeDecodeError) as failure:
             raise ConfigurationError(f"the policy file {path} cannot be used: {failure}") from failure
         return msgspec.structs.replace(policy, mode=settings.policy) if settings.policy else policy
 
@@ -211,12 +211,14 @@ class Ledger:
         """Make a version Production.
 
         Raises PromotionRefused (recorded in the ledger) when a gate failed and ``override`` is not given, and without
-        a record when it is Production already; UnknownVersion; RegistryUnavailable, with nothing changed.
+        a record when it is Production already or nobody answers for it; UnknownVersion; RegistryUnavailable, with
+        nothing changed.
         """
+        _require_answer(by, reason)
         version = self.version(number)
         failed = [gate.reason for gate in version.gates if not gate.passed]
         with self._turn() as (connection, entries):
-            self._registry.version(number)
+            self._registry.require(number)
             previous = current(entries)
             if previous == number:
                 raise PromotionRefused(f"version {number} is in Production already")
@@ -235,8 +237,9 @@ class Ledger:
     def rollback(self, number: int | None, *, by: str, reason: str, now: datetime, policy: Policy) -> Entry:
         """Go back to the version that was Production before, or to ``number`` if it ever was.
 
-        Raises PromotionRefused when there is nothing to go back to.
+        Raises PromotionRefused when there is nothing to go back to or nobody answers for it.
         """
+        _require_answer(by, reason)
         with self._turn() as (connection, entries):
             previous = current(entries)
             if previous is None:
@@ -249,7 +252,7 @@ class Ledger:
             version = self.version(target)
             if all(entry.version != target or entry.action == "refuse" for entry in entries):
                 raise PromotionRefused(f"version {target} was never in Production; promote it instead")
-            self._registry.version(target)
+            self._registry.require(target)
             entry = Entry(
                 now, "rollback", target, previous, by, reason, policy.mode, override=False, gates=version.gates
             )
@@ -276,7 +279,7 @@ class Ledger:
         for version in self._registry.versions().values():
             if version.stage == PRODUCTION and version.version != production:
                 self._registry.set_stage(version.version, ARCHIVED)
-            if version.version == production and version.stage != PRODUCTION:
+            if version.version == production and not (version.stage == PRODUCTION and version.has_alias):
                 self._registry.set_stage(version.version, PRODUCTION)
 
     @contextmanager
@@ -310,7 +313,12 @@ def predecessor(entries: list[Entry]) -> int | None:
 
 
 def apply_policy(ledger: Ledger, registry: Registry, version: Version, policy: Policy, now: datetime) -> Decision:
-    """Put a registered version in Staging when it passes its gates, and promote it if the policy says so."""
+    """Put a registered version in Staging when it passes its gates, and promote it if the policy says so.
+
+    A version that was in Production before, or is now, stays as it is.
+    """
+    if any(entry.version == version.version and entry.action != "refuse" for entry in ledger.entries()):
+        return Decision(promote=False, reason=f"version {version.version} was promoted before")
     if all(gate.passed for gate in version.gates):
         registry.set_stage(version.version, STAGING)
     production = ledger.production()
@@ -318,6 +326,11 @@ def apply_policy(ledger: Ledger, registry: Registry, version: Version, policy: P
     if decision.promote:
         ledger.promote(version.version, by=POLICY_ACTOR, reason=decision.reason, now=now, policy=policy)
     return decision
+
+
+def _require_answer(by: str, reason: str) -> None:
+    if not by.strip() or not reason.strip():
+        raise PromotionRefused("the ledger needs the name of who decides and the reason; give --by NAME --reason TEXT")
 
 
 def _versions(connection: psycopg.Connection[Any]) -> Iterator[Version]:

@@ -57,11 +57,12 @@ class Evidence:
 
 @dataclass(frozen=True)
 class RegisteredVersion:
-    """A version as MLflow has it."""
+    """A version as MLflow has it; ``has_alias`` tells whether it is the one with the alias `production`."""
 
     version: int
     run_id: str
     stage: str
+    has_alias: bool
 
 
 def signature(service: FeatureService) -> "ModelSignature":
@@ -161,6 +162,7 @@ class Registry:
                 MODEL,
                 source=f"models:/{outputs[0].model_id}",
                 run_id=run_id,
+                model_id=outputs[0].model_id,
                 tags=dict(tags),
                 description=description,
             )
@@ -175,16 +177,18 @@ class Registry:
         """Every registered version by number."""
         with self._reachable() as client:
             found = client.search_model_versions(f"name = '{MODEL}'")
+            aliased = int(client.get_registered_model(MODEL).aliases.get(ALIAS, 0)) if found else None
             return {
-                int(one.version): RegisteredVersion(int(one.version), str(one.run_id), str(one.current_stage))
+                int(one.version): RegisteredVersion(
+                    int(one.version), str(one.run_id), str(one.current_stage), int(one.version) == aliased
+                )
                 for one in found
             }
 
-    def version(self, version: int) -> RegisteredVersion:
-        """One version; raises UnknownVersion."""
+    def require(self, version: int) -> None:
+        """Raise UnknownVersion unless the version is there."""
         with self._reachable() as client:
-            one = client.get_model_version(MODEL, str(version))
-            return RegisteredVersion(int(one.version), str(one.run_id), str(one.current_stage))
+            client.get_model_version(MODEL, str(version))
 
     def set_stage(self, version: int, stage: str) -> None:
         """Move one version to a stage; Production displaces whatever is there and carries the alias `production`."""

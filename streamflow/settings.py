@@ -26,7 +26,7 @@ class Settings(BaseSettings):
     mode of ``policy_file``.
     """
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
 
     home: Path = Path("var")
     database_url: str | None = None

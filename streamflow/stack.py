@@ -50,6 +50,7 @@ def environment(settings: Settings, database: Database) -> dict[str, str]:
         "STREAMFLOW_DAGSTER_DATABASE_URL": database.sqlalchemy("dagster", synchronous_commit="off"),
         "DAGSTER_HOME": str(dagster_home(settings)),
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "DO_NOT_TRACK": "true",
     }
 

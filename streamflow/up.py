@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,16 +49,18 @@ def bring_up(settings: Settings, *, data: Path | None, first_month: Month, once:
     ):
         embedded.require_free_port(settings.host, port, what, f"{PREFIX}{variable}")
     with embedded.postgres(settings) as database:
-        streamflow(["migrate"], settings, database)
+        owner = {stack.OWNER_ADDRESS: database.owner_url}
+        if failed := streamflow(["migrate"], {**stack.environment(settings, database), **owner}):
+            return failed
         commands = {name: stack.command(name, settings, database) for name in stack.SERVICES}
         job = _Job(settings, database, data, first_month, once, console, started)
         return embedded.run_group(commands, job=job.run, home=settings.home, once=once)
 
 
-def streamflow(arguments: list[str], settings: Settings, database: Database) -> int:
+def streamflow(arguments: list[str], environment: Mapping[str, str]) -> int:
     """Run a `streamflow` command in a process of its own, on this screen; returns its exit code."""
-    variables = {**os.environ, **stack.environment(settings, database)}
-    with subprocess.Popen([sys.executable, "-m", "streamflow", *arguments], env=variables) as process:
+    command = [sys.executable, "-m", "streamflow", *arguments]
+    with subprocess.Popen(command, env={**os.environ, **environment}) as process:
         try:
             while process.poll() is None:
                 time.sleep(POLL_S)
@@ -103,7 +106,7 @@ class _Job:
 
     def _materialize(self) -> int:
         pending = [month.month for month in month_statuses(self.platform) if month.is_pending]
-        return streamflow(["run", *pending], self.settings, self.database) if pending else 0
+        return streamflow(["run", *pending], stack.environment(self.settings, self.database)) if pending else 0
 
     def _checked_prediction(self) -> str:
         """What there is to try, after it has been tried; raises StreamFlowError when the service does not answer."""
@@ -115,7 +118,7 @@ class _Job:
         embedded.wait_until_ready(f"{api}/ready", "the API", READY_TIMEOUT_S)
         newest = self.platform.landing.months()[-1]
         user_id = self.platform.landing.read(newest, self.platform.contract.tables[0].name)[USER_ID][0].as_py()
-        answer = httpx.post(f"{api}/predict", json={USER_ID: user_id}, timeout=10)
+        answer = httpx.post(f"{api}/predict", json={USER_ID: user_id}, timeout=10, trust_env=False)
         if answer.is_error:
             raise StreamFlowError(f"the API refuses to predict {user_id}: {answer.text}")
         said = answer.json()

@@ -12,6 +12,9 @@ from streamflow.database import Database
 from streamflow.embedded import create_database, postgres
 from streamflow.settings import PROJECT_ROOT, Settings
 
+# MLflow would otherwise report each call to its makers, and wait for that.
+os.environ["DO_NOT_TRACK"] = "true"
+
 REAL_DATA = PROJECT_ROOT.parent / "shared" / "data"
 
 

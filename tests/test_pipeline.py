@@ -1,0 +1,454 @@
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from streamflow import features, pipeline, training
+from streamflow.contract import CONTRACT, USER_ID
+from streamflow.database import Database
+from streamflow.dataset import load
+from streamflow.errors import TrainingRefused, UnknownMonth, UnknownVersion
+from streamflow.landing import ArchiveUnusable
+from streamflow.months import Month
+from streamflow.pipeline import Platform
+from streamflow.registry import PRODUCTION, SCORER_PATH, STAGING
+from streamflow.scoring import Scorer, sha256
+from streamflow.settings import Settings
+from streamflow.simulate import simulate
+from streamflow.status import month_statuses, relations
+from streamflow.training import Estimator
+from streamflow.warehouse import MonthWrite, landing_findings, month_writes, snapshot_findings
+
+JANUARY, FEBRUARY, MARCH, APRIL = Month(2024, 1).until(Month(2024, 4))
+NOW = datetime(2024, 5, 3, 4, 5, tzinfo=UTC)
+USERS = 600
+TREES = 30
+MODEL = (pipeline.TRAINING_DATASET, pipeline.CHURN_MODEL, pipeline.REGISTERED_VERSION)
+
+
+@dataclass(frozen=True)
+class World:
+    """A platform and the simulated months that land in it."""
+
+    platform: Platform
+    months: Path
+
+    def land(self, month: Month) -> None:
+        self.platform.landing.land(self.months / str(month), month, NOW)
+
+    def data_layers(self, month: Month) -> None:
+        landed = self.platform.landing.manifest(month).tables
+        for table in CONTRACT.tables:
+            if table.name in landed:
+                pipeline.load_table(self.platform, table, month, NOW)
+                assert all(finding.passed for finding in landing_findings(self.platform.database, table, month))
+        for table in CONTRACT.snapshots:
+            pipeline.build_snapshot(self.platform, table, month, NOW)
+            assert all(finding.passed for finding in snapshot_findings(self.platform.database, table, month))
+        for view in CONTRACT.views:
+            pipeline.publish_view(self.platform, view, month, NOW)
+
+    def whole_month(self, month: Month) -> pipeline.Registered:
+        self.land(month)
+        self.data_layers(month)
+        pipeline.assemble_dataset(self.platform, month, NOW)
+        pipeline.train(self.platform, month, NOW)
+        return pipeline.register(self.platform, month, NOW)
+
+    def written(self, month: Month) -> dict[str, MonthWrite]:
+        return {one.relation: one for one in month_writes(self.platform.database) if one.month == month}
+
+    def digests(self, month: Month, but: Iterable[str] = ()) -> dict[str, str]:
+        return {name: one.digest for name, one in self.written(month).items() if name not in but}
+
+    def online(self) -> dict[str, str]:
+        return {view.name: features.online_digest(self.platform.database, view) for view in CONTRACT.views}
+
+
+@pytest.fixture(scope="module")
+def months(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """January to April; March has no labels, in April the usage of one customer is missing."""
+    folder = tmp_path_factory.mktemp("months")
+    simulate(folder, [JANUARY, FEBRUARY, MARCH, APRIL], users=USERS)
+    (folder / str(MARCH) / "labels.csv").unlink()
+    usage = folder / str(APRIL) / "usage_agg_30d.csv"
+    header, _, *rest = usage.read_text().splitlines(keepends=True)
+    usage.write_text("".join([header, *rest]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def new_world(
+    new_database: Callable[[], Database], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Path], World]:
+    def make(months: Path) -> World:
+        settings = Settings(home=tmp_path_factory.mktemp("home"), actor="tester")
+        platform = Platform(settings, new_database())
+        pipeline.prepare(platform)
+        return World(platform, months)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def quick() -> Iterator[None]:
+    """A baseline of few trees; what is tested here does not depend on how many."""
+    with pytest.MonkeyPatch.context() as patch:
+        baseline = training.ESTIMATORS[pipeline.ESTIMATOR]
+        fewer = Estimator(baseline.build, {**baseline.params, "n_estimators": TREES})
+        patch.setattr(training, "ESTIMATORS", {pipeline.ESTIMATOR: fewer})
+        yield
+
+
+@pytest.fixture(scope="module")
+def world(new_world: Callable[[Path], World], months: Path, quick: None) -> World:
+    """January, then February, through the whole graph."""
+    made = new_world(months)
+    made.whole_month(JANUARY)
+    made.whole_month(FEBRUARY)
+    return made
+
+
+def csv(world: World, month: Month, table: str) -> pd.DataFrame:
+    return (
+        pd.read_csv(world.months / str(month) / f"{table}.csv", float_precision="round_trip")
+        .set_index(USER_ID)
+        .sort_index()
+    )
+
+
+def rows(world: World, query: str, *given: object) -> list[tuple[object, ...]]:
+    with world.platform.database.connect() as connection:
+        return connection.execute(query, given).fetchall()
+
+
+# --- from files to a version --------------------------------------------------------------------------------------
+
+
+def test_prepare_is_repeatable(world: World) -> None:
+    assert pipeline.prepare(world.platform) == []
+
+
+def test_every_relation_holds_the_month(world: World) -> None:
+    written = world.written(JANUARY)
+
+    assert set(written) == set(relations())
+    assert {one.rows for one in written.values()} == {USERS}
+    assert {one.revision for one in written.values()} == {1}
+    assert {one.written_at for one in written.values()} == {NOW}
+    graph = relations()
+    for name, one in written.items():
+        assert one.sources == {source: written[source].as_source for source in graph[name]}
+
+
+def test_tables_hold_the_landed_values(world: World) -> None:
+    manifest = world.platform.landing.manifest(JANUARY)
+    for name, revision in manifest.current.items():
+        assert world.written(JANUARY)[name].digest == revision.sha256
+
+    wanted = csv(world, JANUARY, "usage_agg_30d")["watch_hours_30d"]
+    query = "SELECT user_id, watch_hours_30d FROM streamflow.usage_agg_30d WHERE month = '2024-01' ORDER BY 1"
+    assert rows(world, query) == list(wanted.items())
+
+
+def test_an_empty_flag_is_false_in_table_and_snapshot(world: World) -> None:
+    given = csv(world, JANUARY, "subscriptions")["plan_stream_tv"]
+    assert given.isna().any()
+    for relation, period in (
+        ("subscriptions", "month = '2024-01'"),
+        ("subscriptions_profile_snapshots", "as_of = '2024-01-31'"),
+    ):
+        query = f"SELECT count(*) FILTER (WHERE plan_stream_tv), count(plan_stream_tv) FROM streamflow.{relation}"
+        assert rows(world, f"{query} WHERE {period}") == [(int((given == True).sum()), USERS)]  # noqa: E712
+
+
+def test_the_online_store_has_the_newest_month_of_each_customer(world: World) -> None:
+    january, february = (csv(world, month, "payments_agg_90d") for month in (JANUARY, FEBRUARY))
+    newest = {**january["failed_payments_90d"], **february["failed_payments_90d"]}
+    stored = rows(world, "SELECT user_id, failed_payments_90d, event_timestamp FROM online.payments_agg_90d_fv")
+
+    assert len(stored) == len(newest) > USERS
+    for user_id, payments, event_time in stored:
+        assert payments == newest[user_id]
+        assert event_time == (FEBRUARY if user_id in february.index else JANUARY).event_time
+
+
+def test_the_dataset_joins_features_and_labels_of_the_month(world: World) -> None:
+    written = world.written(JANUARY)
+    dataset = load(world.platform.datasets / f"{written['training_dataset'].digest}.parquet")
+
+    frame = dataset.frame.set_index(USER_ID)
+    assert frame.index.tolist() == csv(world, JANUARY, "users").index.tolist()
+    for table, column in (
+        ("subscriptions", "monthly_fee"),
+        ("usage_agg_30d", "skips_7d"),
+        ("support_agg_90d", "ticket_avg_resolution_hrs_90d"),
+        ("labels", "churn_label"),
+    ):
+        assert frame[column].tolist() == csv(world, JANUARY, table)[column].tolist(), column
+
+    facts = written["training_dataset"].facts
+    assert (facts["service"], facts["dropped"]) == ("churn_v1", 0)
+    assert facts["churn_rate"] == pytest.approx(frame["churn_label"].mean())
+    assert facts["files"] == {name: written[name].as_source for name in (table.name for table in CONTRACT.tables)}
+
+
+def test_the_model_is_traced_to_the_bytes_it_came_from(world: World) -> None:
+    written = world.written(JANUARY)
+    model = written["churn_model"]
+    lineage = model.facts["lineage"]
+
+    assert lineage["month"] == "2024-01"
+    assert lineage["dataset"] == {"digest": written["training_dataset"].digest, "rows": USERS}
+    assert lineage["sources"] == written["training_dataset"].sources
+    for name, source in lineage["files"].items():
+        assert source["digest"] == world.platform.landing.manifest(JANUARY).current[name].sha256
+    assert lineage["code_version"] == pipeline.code_version()
+    assert lineage["libraries"] == pipeline.libraries()
+
+
+def test_the_run_carries_metrics_scorer_and_evidence(world: World, tmp_path: Path) -> None:
+    import mlflow
+
+    registry = world.platform.registry
+    facts = world.written(JANUARY)["churn_model"].facts
+    client = mlflow.MlflowClient(registry.uri, registry.uri)
+    run = client.get_run(facts["run_id"])
+
+    assert run.data.params["n_estimators"] == str(TREES)
+    assert run.data.params["as_of"] == "2024-01-31"
+    assert run.data.metrics["auc"] == facts["metrics"]["auc"] > 0.6
+    assert run.data.metrics["training_rows"] + run.data.metrics["validation_rows"] == USERS
+    assert run.data.metrics["training_seconds"] > 0
+    assert run.data.tags["launched_by"] == "tester"
+    assert run.data.tags["dataset_digest"] == world.written(JANUARY)["training_dataset"].digest
+    folder = Path(client.download_artifacts(run.info.run_id, "", str(tmp_path)))
+    assert {path.name for path in folder.iterdir()} >= {
+        *("roc.png", "confusion_matrix.png", "importances.png", "importances.csv"),
+        *("predictions_sample.csv", "feature_schema.json", "lineage.json"),
+    }
+    assert sha256(registry.scorer(run.info.run_id)) == facts["artifact_sha256"]
+
+
+def test_the_first_version_is_promoted_by_policy_and_the_second_waits(world: World) -> None:
+    ledger = world.platform.ledger
+    first, second = ledger.versions()
+
+    assert [(one.version, one.as_of) for one in (first, second)] == [(1, JANUARY.as_of), (2, FEBRUARY.as_of)]
+    assert (first.service, first.threshold, first.artifact_path) == ("churn_v1", 0.5, SCORER_PATH)
+    assert all(gate.passed for gate in (*first.gates, *second.gates))
+    (entry,) = ledger.entries()
+    assert (entry.action, entry.version, entry.by) == ("promote", 1, "policy")
+    assert {number: one.stage for number, one in world.platform.registry.versions().items()} == {
+        1: PRODUCTION,
+        2: STAGING,
+    }
+    assert world.written(FEBRUARY)["registered_model_version"].facts["version"] == 2
+    assert [month.state for month in month_statuses(world.platform)][:2] == ["complete", "complete"]
+
+
+def test_the_registered_scorer_gives_the_registered_predictions(world: World) -> None:
+    version = world.platform.ledger.version(1)
+    dataset = load(world.platform.datasets / f"{version.dataset_digest}.parquet")
+    scorer = Scorer.from_bytes(world.platform.registry.scorer(version.run_id))
+
+    probabilities = pipeline.score(scorer, dataset)
+    users = dataset.frame[USER_ID].tolist()
+    assert pipeline.predictions_digest(users, probabilities) == version.predictions_digest
+    assert pipeline.predictions_digest(users[::-1], probabilities[::-1]) == version.predictions_digest
+    probabilities[0] = np.nextafter(probabilities[0], 1)
+    assert pipeline.predictions_digest(users, probabilities) != version.predictions_digest
+
+
+# --- the order of months and repetitions --------------------------------------------------------------------------
+
+
+def test_months_in_another_order_and_twice_come_out_the_same(
+    world: World, new_world: Callable[[Path], World], months: Path
+) -> None:
+    other = new_world(months)
+    for month in (FEBRUARY, JANUARY):
+        other.whole_month(month)
+    for month in (FEBRUARY, JANUARY):
+        other.data_layers(month)
+        pipeline.assemble_dataset(other.platform, month, NOW + timedelta(days=1))
+
+    for month in (JANUARY, FEBRUARY):
+        assert other.digests(month) == world.digests(month)
+    assert other.online() == world.online()
+    assert [one.as_of for one in other.platform.ledger.versions()] == [FEBRUARY.as_of, JANUARY.as_of]
+
+
+def test_training_again_gives_the_same_predictions_and_registering_again_changes_nothing(world: World) -> None:
+    platform, before = world.platform, world.digests(JANUARY)
+    entries, versions = platform.ledger.entries(), platform.ledger.versions()
+    staged = platform.registry.versions()
+
+    again = pipeline.register(platform, JANUARY, NOW)
+    assert again.version.version == 1
+    assert not again.decision.promote
+    assert (platform.ledger.entries(), platform.ledger.versions()) == (entries, versions)
+    assert platform.registry.versions() == staged
+
+    pipeline.train(platform, JANUARY, NOW)
+    third = pipeline.register(platform, JANUARY, NOW).version
+    assert third.predictions_digest == versions[0].predictions_digest
+    assert third.artifact_sha256 == versions[0].artifact_sha256
+    assert (third.version, third.run_id) != (versions[0].version, versions[0].run_id)
+    assert world.digests(JANUARY) == before
+
+
+def test_a_registration_that_fails_leaves_no_version_behind(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = world.platform
+    pipeline.train(platform, FEBRUARY, NOW)
+    before = platform.registry.versions()
+
+    def full(_: object) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(platform.ledger, "register", full)
+        with pytest.raises(OSError, match="No space left"):
+            pipeline.register(platform, FEBRUARY, NOW)
+    assert platform.registry.versions() == before
+    assert world.written(FEBRUARY)["registered_model_version"].facts["version"] in before
+
+    made = pipeline.register(platform, FEBRUARY, NOW).version
+    assert platform.ledger.version(made.version) == made
+    assert set(platform.registry.versions()) == {*before, made.version}
+
+
+# --- months with gaps ---------------------------------------------------------------------------------------------
+
+
+def test_a_month_without_labels_goes_online_and_trains_nothing(world: World) -> None:
+    world.land(MARCH)
+    with pytest.raises(UnknownMonth, match=r"2024-03 has landed without labels\.csv; land it with `streamflow land`"):
+        pipeline.load_table(world.platform, CONTRACT.label_table, MARCH, NOW)
+    world.data_layers(MARCH)
+    with pytest.raises(UnknownMonth, match="labels holds nothing for 2024-03; land the month"):
+        pipeline.assemble_dataset(world.platform, MARCH, NOW)
+    for step in (pipeline.train, pipeline.register):
+        with pytest.raises(UnknownMonth, match="holds nothing for 2024-03"):
+            step(world.platform, MARCH, NOW)
+
+    assert set(world.written(MARCH)) == set(relations()) - {"labels", *MODEL}
+    (status,) = [month for month in month_statuses(world.platform) if month.month == "2024-03"]
+    assert status.state == "unlabelled"
+
+
+def test_a_customer_without_features_trains_nothing_and_is_counted(world: World) -> None:
+    world.land(APRIL)
+    world.data_layers(APRIL)
+    written = pipeline.assemble_dataset(world.platform, APRIL, NOW)
+
+    (missing,) = set(csv(world, APRIL, "users").index) - set(csv(world, APRIL, "usage_agg_30d").index)
+    assert (written.rows, written.facts["dropped"]) == (USERS - 1, 1)
+    assert missing not in load(world.platform.datasets / f"{written.digest}.parquet").frame[USER_ID].tolist()
+    assert world.written(APRIL)["usage_agg_30d_snapshots"].rows == USERS
+    assert world.written(APRIL)["usage_agg_30d_snapshots"].facts["missing"] == 1
+    for relation in ("streamflow.usage_agg_30d_snapshots", "online.usage_agg_30d_fv"):
+        key = "as_of = '2024-04-30'" if relation.startswith("streamflow") else "true"
+        assert rows(world, f"SELECT skips_7d FROM {relation} WHERE user_id = %s AND {key}", missing) == [(None,)]
+
+
+def test_a_month_that_has_not_landed_is_said(world: World) -> None:
+    with pytest.raises(UnknownMonth, match="2025-01"):
+        pipeline.load_table(world.platform, CONTRACT.tables[0], Month(2025, 1), NOW)
+
+
+def test_a_dataset_that_was_damaged_is_not_trained_on(world: World) -> None:
+    file = world.platform.datasets / f"{world.written(FEBRUARY)['training_dataset'].digest}.parquet"
+    kept = file.read_bytes()
+    try:
+        file.write_bytes(kept[: len(kept) // 2])
+        with pytest.raises(TrainingRefused, match="materialize training_dataset again"):
+            pipeline.train(world.platform, FEBRUARY, NOW)
+    finally:
+        file.write_bytes(kept)
+
+
+# --- rebuilding ---------------------------------------------------------------------------------------------------
+
+
+def test_a_version_is_rebuilt_identically_also_after_its_month_was_corrected(world: World, tmp_path: Path) -> None:
+    platform = world.platform
+    rebuilt = pipeline.rebuild(platform, 1)
+    assert rebuilt == pipeline.Rebuilt(1, same_dataset=True, same_predictions=True, changed_since={})
+
+    corrected = tmp_path / "corrected"
+    corrected.mkdir()
+    for file in (world.months / str(JANUARY)).iterdir():
+        (corrected / file.name).write_bytes(file.read_bytes())
+    payments = csv(world, JANUARY, "payments_agg_90d")
+    (payments + 1).to_csv(corrected / "payments_agg_90d.csv")
+    before = world.digests(JANUARY)
+    platform.landing.land(corrected, JANUARY, NOW)
+    world.data_layers(JANUARY)
+    pipeline.assemble_dataset(platform, JANUARY, NOW)
+
+    changed = {name for name, digest in world.digests(JANUARY).items() if digest != before[name]}
+    snapshot = "payments_agg_90d_snapshots"
+    assert changed == {"payments_agg_90d", snapshot, "payments_agg_90d_fv", "training_dataset"}
+    assert {world.written(JANUARY)[name].revision for name in changed} == {2}
+    assert pipeline.rebuild(platform, 1).identical
+
+
+def test_a_rebuild_from_a_damaged_archive_is_refused(world: World) -> None:
+    lineage = world.platform.ledger.version(2).lineage
+    digest = lineage["files"]["usage_agg_30d"]["digest"]
+    file = world.platform.settings.home / "archive" / "sha256" / digest[:2] / digest
+    kept = file.read_bytes()
+    file.chmod(0o644)
+    try:
+        file.write_bytes(kept.replace(b"1", b"2", 1))
+        with pytest.raises(ArchiveUnusable, match=digest):
+            pipeline.rebuild(world.platform, 2)
+        file.unlink()
+        with pytest.raises(ArchiveUnusable, match=digest):
+            pipeline.rebuild(world.platform, 2)
+    finally:
+        file.write_bytes(kept)
+    assert pipeline.rebuild(world.platform, 2).identical
+
+
+def test_an_unknown_version_cannot_be_rebuilt(world: World) -> None:
+    with pytest.raises(UnknownVersion, match="there is no version 99"):
+        pipeline.rebuild(world.platform, 99)
+
+
+def test_a_rebuild_that_differs_says_what_has_changed_since(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "code_version", lambda: "elsewhere")
+    baseline = training.ESTIMATORS[pipeline.ESTIMATOR]
+    other = Estimator(baseline.build, {**baseline.params, "n_estimators": TREES + 1})
+    monkeypatch.setattr(training, "ESTIMATORS", {pipeline.ESTIMATOR: other})
+
+    rebuilt = pipeline.rebuild(world.platform, 2)
+    assert (rebuilt.same_dataset, rebuilt.same_predictions, rebuilt.identical) == (True, False, False)
+    assert "elsewhere now" in rebuilt.explanation
+
+
+# --- the published months -----------------------------------------------------------------------------------------
+
+
+def test_the_real_january_has_its_published_figures(
+    real_data: Path, new_world: Callable[[Path], World], tmp_path: Path
+) -> None:
+    (tmp_path / str(JANUARY)).symlink_to(real_data / "month_000")
+    world = new_world(tmp_path)
+    registered = world.whole_month(JANUARY)
+
+    assert {one.rows for one in world.written(JANUARY).values()} == {7_043}
+    for relation, period in (
+        ("subscriptions", "month = '2024-01'"),
+        ("subscriptions_profile_snapshots", "as_of = '2024-01-31'"),
+    ):
+        query = f"SELECT count(*) FROM streamflow.{relation} WHERE plan_stream_tv AND {period}"
+        assert rows(world, query) == [(2_707,)]
+    assert rows(world, "SELECT monthly_fee FROM online.subs_profile_fv WHERE user_id = '7590-VHVEG'") == [(29.85,)]
+    assert registered.version.metrics["auc"] >= 0.80
+    assert registered.decision.promote

@@ -1,0 +1,189 @@
+from collections.abc import Iterable
+from dataclasses import replace
+from datetime import UTC, date, datetime
+
+import pytest
+
+from streamflow.contract import CONTRACT
+from streamflow.landing import MonthManifest, Revision
+from streamflow.months import Month
+from streamflow.promotion import Entry, Version
+from streamflow.status import MEANINGS, month_status, production_status, relations
+from streamflow.warehouse import MonthWrite
+
+JANUARY = Month(2024, 1)
+NOW = datetime(2024, 2, 3, tzinfo=UTC)
+TABLES = ("users", "subscriptions", "usage_agg_30d", "payments_agg_90d", "support_agg_90d", "labels")
+VIEWS = ("subs_profile_fv", "usage_agg_30d_fv", "payments_agg_90d_fv", "support_agg_90d_fv")
+SNAPSHOTS = (
+    "subscriptions_profile_snapshots",
+    "usage_agg_30d_snapshots",
+    "payments_agg_90d_snapshots",
+    "support_agg_90d_snapshots",
+)
+MODEL = ("training_dataset", "churn_model", "registered_model_version")
+EVERYTHING = (*TABLES, *SNAPSHOTS, *VIEWS, *MODEL)
+
+
+def manifest(*corrected: str, tables: Iterable[str] = TABLES) -> MonthManifest:
+    """A month whose ``corrected`` tables have a second revision."""
+
+    def revision(table: str, number: int) -> Revision:
+        sha = f"{TABLES.index(table)}{number}".ljust(64, "0")
+        return Revision(number, sha, 100, 1_000, "2024-02-03T00:00:00+00:00")
+
+    return MonthManifest(
+        str(JANUARY),
+        {name: tuple(revision(name, n) for n in range(1, 3 if name in corrected else 2)) for name in tables},
+        (),
+    )
+
+
+def materialized(landed: MonthManifest, *names: str, old: dict[str, MonthWrite] | None = None) -> dict[str, MonthWrite]:
+    """The writes after making ``names``, in their order, from what is there."""
+    writes = dict(old or {})
+    graph = relations()
+    for name in names:
+        sources = {source: writes[source].as_source for source in graph[name]}
+        if name in TABLES:
+            revision = landed.current[name]
+            digest, number = revision.sha256, revision.revision
+        else:
+            digest, number = f"{name} of {sorted(s['digest'] for s in sources.values())}", 1
+        writes[name] = MonthWrite(name, JANUARY, number, digest, 100, sources, NOW)
+    return writes
+
+
+COMPLETE = materialized(manifest(), *relations())
+
+
+def test_the_graph_is_the_one_of_the_assets() -> None:
+    from streamflow_dagster.definitions import defs
+
+    graph = defs.resolve_asset_graph()
+    assets = {
+        key.to_user_string(): {parent.to_user_string() for parent in graph.get(key).parent_keys}
+        for key in graph.materializable_asset_keys
+    }
+    assert {name: set(sources) for name, sources in relations().items()} == assets
+
+
+def test_the_graph_is_told_upstream_first() -> None:
+    seen: set[str] = set()
+    for name, sources in relations().items():
+        assert set(sources) <= seen, name
+        seen.add(name)
+    assert seen == set(EVERYTHING)
+
+
+WITHOUT_LABELS = tuple(name for name in relations() if name != "labels" and name not in MODEL)
+
+
+@pytest.mark.parametrize(
+    ("landed", "written", "state", "missing"),
+    [
+        (manifest(), {}, "landed", EVERYTHING),
+        (manifest(tables=TABLES[:-1]), {}, "landed", WITHOUT_LABELS),
+        (manifest(), materialized(manifest(), "users"), "incomplete", set(EVERYTHING) - {"users"}),
+        (manifest(), materialized(manifest(), *WITHOUT_LABELS), "incomplete", {"labels", *MODEL}),
+        (manifest(), materialized(manifest(), *list(relations())[:-1]), "incomplete", {"registered_model_version"}),
+        (manifest(tables=TABLES[:-1]), materialized(manifest(), *WITHOUT_LABELS), "unlabelled", set()),
+        (manifest(), COMPLETE, "complete", set()),
+    ],
+)
+def test_states(landed: MonthManifest, written: dict[str, MonthWrite], state: str, missing: Iterable[str]) -> None:
+    status = month_status(landed, written)
+
+    assert status.state == state
+    assert set(status.missing) == set(missing)
+    assert status.stale == ()
+    assert status.is_pending == (state in ("landed", "incomplete"))
+    assert (status.month, status.revision, status.rows) == ("2024-01", 1, 100)
+    assert state in MEANINGS
+
+
+@pytest.mark.parametrize(
+    ("corrected", "stale"),
+    [
+        ("usage_agg_30d", {"usage_agg_30d_snapshots", "usage_agg_30d_fv", *MODEL}),
+        ("payments_agg_90d", {"payments_agg_90d_snapshots", "payments_agg_90d_fv", *MODEL}),
+        ("subscriptions", {"subscriptions_profile_snapshots", "subs_profile_fv", *MODEL}),
+        ("labels", set(MODEL)),
+        ("users", {*SNAPSHOTS, *VIEWS, *MODEL}),
+    ],
+)
+def test_a_corrected_table_makes_stale_what_depends_on_it_and_nothing_else(corrected: str, stale: set[str]) -> None:
+    status = month_status(manifest(corrected), COMPLETE)
+
+    assert status.state == "stale"
+    assert set(status.stale) == {corrected, *stale}
+    assert status.missing == ()
+    assert status.is_pending
+    assert status.revision == 2
+
+
+def test_staleness_ends_step_by_step_as_it_is_materialized_again() -> None:
+    landed, written = manifest("usage_agg_30d"), COMPLETE
+    chain = ["usage_agg_30d", "usage_agg_30d_snapshots", "usage_agg_30d_fv", *MODEL]
+    for number, name in enumerate(chain):
+        assert month_status(landed, written).stale == tuple(chain[number:])
+        written = materialized(landed, name, old=written)
+    assert month_status(landed, written).state == "complete"
+
+
+def test_a_correction_that_changes_no_content_ends_at_the_snapshot() -> None:
+    landed = manifest("usage_agg_30d")
+    written = materialized(landed, "usage_agg_30d", old=COMPLETE)
+    snapshot = COMPLETE["usage_agg_30d_snapshots"]
+    sources = {**snapshot.sources, "usage_agg_30d": written["usage_agg_30d"].as_source}
+    assert month_status(landed, {**written, snapshot.relation: replace(snapshot, sources=sources)}).state == "complete"
+
+
+def test_stale_is_said_before_incomplete() -> None:
+    written = {name: write for name, write in COMPLETE.items() if name != "registered_model_version"}
+    status = month_status(manifest("labels"), written)
+
+    assert status.state == "stale"
+    assert status.missing == ("registered_model_version",)
+    assert status.stale == ("labels", "training_dataset", "churn_model")
+
+
+def test_a_second_labels_file_of_a_month_without_labels_is_no_concern_of_its_features() -> None:
+    landed = manifest()
+    written = materialized(manifest(tables=TABLES[:-1]), *WITHOUT_LABELS)
+    assert month_status(landed, written).state == "incomplete"
+    assert month_status(landed, materialized(landed, "labels", *MODEL, old=written)).state == "complete"
+
+
+# --- production ---------------------------------------------------------------------------------------------------
+
+
+def version(number: int) -> Version:
+    sha = "a" * 64
+    as_of = date(2024, number, 28)
+    return Version(number, f"run-{number}", as_of, "churn_v1", 0.4, "scorer", sha, sha, sha, {}, (), {}, NOW)
+
+
+def entry(action: str, number: int, by: str, day: int) -> Entry:
+    at = datetime(2024, 3, day, tzinfo=UTC)
+    return Entry(at, action, number, None, by, "because", "manual", override=False, gates=())  # type: ignore[arg-type]
+
+
+def test_production_is_what_the_ledger_says_since_when_and_by_whom() -> None:
+    versions = [version(1), version(2)]
+    assert production_status([], versions) is None
+    assert production_status([entry("refuse", 1, "anna", 1)], versions) is None
+
+    entries = [entry("promote", 1, "anna", 1), entry("promote", 2, "ben", 2), entry("refuse", 1, "carl", 3)]
+    status = production_status(entries, versions)
+    assert status is not None
+    assert (status.version, status.run_id, status.as_of, status.threshold) == (2, "run-2", "2024-02-28", 0.4)
+    assert (status.promoted_by, status.promoted_at) == ("ben", datetime(2024, 3, 2, tzinfo=UTC))
+
+    status = production_status([*entries, entry("rollback", 1, "dora", 4)], versions)
+    assert status is not None
+    assert (status.version, status.promoted_by) == (1, "dora")
+
+
+def test_every_table_of_the_contract_is_in_the_tests_list() -> None:
+    assert tuple(table.name for table in CONTRACT.tables) == TABLES
