@@ -26,6 +26,8 @@ class Column:
 
     ``low`` and ``high`` are inclusive bounds in ``unit``. ``empty_means`` is what an empty field stands for;
     without it an empty field is refused unless ``nullable``. ``view`` names the feature view that serves it.
+
+    Raises ValueError when the parts contradict each other.
     """
 
     name: str
@@ -40,6 +42,16 @@ class Column:
     nullable: bool = False
     empty_means: bool | None = None
     view: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.kind == "category") != bool(self.categories):
+            raise ValueError(f"{self.name}: a category has categories, and nothing else does")
+        if self.empty_means is not None and self.kind != "boolean":
+            raise ValueError(f"{self.name}: only for a boolean can an empty field mean something")
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"{self.name}: nothing is both at least {self.low} and at most {self.high}")
+        if self.view and self.kind in ("id", "date"):
+            raise ValueError(f"{self.name}: a model takes no {self.kind}, so no feature view serves one")
 
     @property
     def is_numeric(self) -> bool:
@@ -114,9 +126,18 @@ class Contract:
     services: tuple[FeatureService, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        names = [column.name for table in self.tables for column in table.values]
+        columns = [column for table in self.tables for column in table.values]
+        names = [MONTH, AS_OF, *(column.name for column in columns)]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"columns stated twice in the contract: {', '.join(repeated)}")
+        if self.label not in names:
+            raise ValueError(f"no table of the contract has the label {self.label}")
+        served = {column.view for column in columns if column.view}
+        named = {view for views in self.service_views.values() for view in views}
+        if unknown := sorted((served | named) - self.view_descriptions.keys()):
+            raise ValueError(f"feature views that the contract does not describe: {', '.join(unknown)}")
+        if self.service_views.keys() != self.service_descriptions.keys():
+            raise ValueError("the contract must describe each feature service, and no other")
         object.__setattr__(self, "views", tuple(self._build_views()))
         object.__setattr__(self, "services", tuple(self._build_services()))
 

@@ -52,5 +52,6 @@ def _with_options(url: str, schema: str, server_settings: dict[str, str]) -> str
     parts = urlsplit(url)
     flags = {"search_path": schema, "timezone": "UTC", **server_settings}
     options = " ".join(f"-c{name}={value}" for name, value in flags.items())
-    query = [pair for pair in parse_qsl(parts.query) if pair[0] != "options"]
-    return urlunsplit(parts._replace(query=urlencode([*query, ("options", options)], quote_via=quote)))
+    query = dict(parse_qsl(parts.query))
+    query["options"] = f"{query.get('options', '')} {options}".lstrip()
+    return urlunsplit(parts._replace(query=urlencode(query, quote_via=quote)))

@@ -6,6 +6,7 @@ point-in-time features for training. The serving process reads the online tables
 
 import contextlib
 import io
+import json
 import string
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -32,6 +33,8 @@ EVENT_TIMESTAMP = "event_timestamp"
 OWNER = "data-science"
 ONLINE = "online"
 INSTANT = timedelta(microseconds=1)
+SAME_DAY = timedelta(days=1)
+"""How long a snapshot holds: whoever is not in a month's snapshot has no features, not those of an earlier month."""
 
 
 @cache
@@ -104,24 +107,28 @@ def _feature_view(view: FeatureView) -> "feast.FeatureView":
             for column in view.columns
         ],
         source=PostgreSQLSource(name=view.snapshot, query=query.as_string(None), timestamp_field=EVENT_TIMESTAMP),
-        ttl=timedelta(0),
+        ttl=SAME_DAY,
         description=view.description,
         owner=OWNER,
     )
 
 
 def environment(database: Database) -> dict[str, str]:
-    """The variables that `feature_store.yaml` names."""
+    """The variables that `feature_store.yaml` names, escaped as between double quotes in YAML."""
     parts = psycopg.conninfo.conninfo_to_dict(database.url)
     return {
         "STREAMFLOW_DATABASE_URL": database.url,
         "STREAMFLOW_FEAST_REGISTRY_URL": database.sqlalchemy("feast"),
         "STREAMFLOW_POSTGRES_HOST": str(parts["host"]),
         "STREAMFLOW_POSTGRES_PORT": str(parts.get("port", 5432)),
-        "STREAMFLOW_POSTGRES_DATABASE": str(parts["dbname"]),
-        "STREAMFLOW_POSTGRES_USER": str(parts["user"]),
-        "STREAMFLOW_POSTGRES_PASSWORD": str(parts.get("password", "")),
+        "STREAMFLOW_POSTGRES_DATABASE": _escaped(str(parts["dbname"])),
+        "STREAMFLOW_POSTGRES_USER": _escaped(str(parts["user"])),
+        "STREAMFLOW_POSTGRES_PASSWORD": _escaped(str(parts.get("password", ""))),
     }
+
+
+def _escaped(text: str) -> str:
+    return json.dumps(text)[1:-1]
 
 
 def feature_store(database: Database) -> "feast.FeatureStore":
@@ -148,16 +155,19 @@ def publish(
     Raises UnknownMonth when the month has no snapshot.
     """
     with database.connect() as connection:
+        # One month at a time: a withdrawal must see every other month either published whole or not at all.
+        connection.execute(
+            "SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", (f"{SCHEMA} publishes {view.name}",)
+        )
         snapshot = month_write(connection, view.snapshot, month)
-    with contextlib.redirect_stdout(io.StringIO()):
-        store.materialize(month.event_time - INSTANT, month.event_time, feature_views=[view.name])
-    published = replace(
-        snapshot,
-        relation=view.name,
-        sources={snapshot.relation: snapshot.as_source},
-        written_at=now,
-    )
-    with database.connect() as connection:
+        with contextlib.redirect_stdout(io.StringIO()):
+            store.materialize(month.event_time - INSTANT, month.event_time, feature_views=[view.name])
+        published = replace(
+            snapshot,
+            relation=view.name,
+            sources={snapshot.relation: snapshot.as_source},
+            written_at=now,
+        )
         _withdraw(connection, view, month)
         record(connection, published)
     return published
@@ -227,22 +237,22 @@ def historical_features(
     Returns user_id, event_timestamp and the features, a row for each customer labelled for the month plus the
     contract's label horizon. Raises UnknownMonth when no label of that month has landed.
     """
-    query = sql.SQL(
-        "SELECT {user_id}, {event_time}::timestamptz AS {event_timestamp} FROM {labels} WHERE {month} = {key}"
-    )
     labelled = month.shift(contract.label_horizon_months)
+    customers = sql.SQL(
+        "SELECT {user_id}, {event_time}::timestamptz AS {event_timestamp} FROM {labels} WHERE {month} = {key}"
+    ).format(
+        user_id=sql.Identifier(USER_ID),
+        event_time=sql.Literal(month.event_time),
+        event_timestamp=sql.Identifier(EVENT_TIMESTAMP),
+        labels=sql.Identifier(SCHEMA, contract.label_table.name),
+        month=sql.Identifier(MONTH),
+        key=sql.Literal(str(labelled)),
+    )
+    with psycopg.connect(store.config.online_store.url) as connection:
+        if connection.execute(sql.SQL("SELECT EXISTS ({})").format(customers)).fetchone() == (False,):
+            raise UnknownMonth(f"no labels of {labelled} have landed; land its labels.csv, then train {month}")
     job: Any = store.get_historical_features(
-        entity_df=query.format(
-            user_id=sql.Identifier(USER_ID),
-            event_time=sql.Literal(month.event_time),
-            event_timestamp=sql.Identifier(EVENT_TIMESTAMP),
-            labels=sql.Identifier(SCHEMA, contract.label_table.name),
-            month=sql.Identifier(MONTH),
-            key=sql.Literal(str(labelled)),
-        ).as_string(None),
-        features=store.get_feature_service(service.name),
+        entity_df=customers.as_string(None), features=store.get_feature_service(service.name)
     )
     frame: pd.DataFrame = job.to_df()
-    if frame.empty:
-        raise UnknownMonth(f"no labels of {labelled} have landed; land its labels.csv, then train {month}")
     return frame

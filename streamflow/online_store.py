@@ -124,7 +124,7 @@ class WideRowOnlineStore(OnlineStore):  # type: ignore[misc]
         )
         wanted = [_key_values(entity_key, keys) for entity_key in entity_keys]
         with psycopg.connect(config.online_store.url) as connection:
-            held = connection.execute(query, [list(column) for column in zip(*wanted, strict=True)]).fetchall()
+            held = connection.execute(query, [[key[at] for key in wanted] for at in range(len(keys))]).fetchall()
         found = {row[: len(keys)]: row[len(keys) :] for row in held}
         return [_answer(found.get(key), features) for key in wanted]
 
@@ -190,7 +190,7 @@ def _arrow(table: FeatureView, data: list[FeatureRow]) -> pa.Table:
     for index, name in enumerate(TIMES, start=2):
         columns[name] = pa.array([_utc(row[index]) for row in data], pa.timestamp("us", tz="UTC"))
     for name, kind in features.items():
-        columns[name] = pa.array([_python(row[1].get(name), kind) for row in data], kind.arrow)
+        columns[name] = pa.array([_python(name, row[1].get(name), kind) for row in data], kind.arrow)
     return pa.table(columns)
 
 
@@ -200,8 +200,11 @@ def _utc(moment: Any) -> datetime | None:
     return moment.replace(tzinfo=UTC)  # type: ignore[no-any-return]
 
 
-def _python(value: Value | None, kind: _Type) -> Any:
-    return getattr(value, kind.value) if value is not None and value.WhichOneof("val") == kind.value else None
+def _python(name: str, value: Value | None, kind: _Type) -> Any:
+    given = value.WhichOneof("val") if value is not None else None
+    if given not in (None, "null_val", kind.value):
+        raise TypeError(f"{name} is {given}, not {kind.value}")
+    return getattr(value, kind.value) if given == kind.value else None
 
 
 def _answer(row: tuple[Any, ...] | None, features: dict[str, _Type]) -> tuple[datetime | None, dict[str, Value] | None]:

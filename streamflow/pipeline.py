@@ -9,12 +9,12 @@ import hashlib
 import os
 import platform as machine
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from streamflow import dataset, features, warehouse
 from streamflow.contract import CONTRACT, USER_ID, Contract, FeatureView, Table
 from streamflow.database import Database
 from streamflow.dataset import TrainingDataset
-from streamflow.errors import ConfigurationError, UnknownMonth
+from streamflow.errors import ConfigurationError, TrainingRefused, UnknownMonth
 from streamflow.landing import LandingZone
 from streamflow.months import Month
 from streamflow.promotion import Decision, Ledger, Policy, Version, apply_policy, check_gates
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from streamflow.scoring import Parity, Scorer
+    from streamflow.training import TrainedModel
 
 TRAINING_DATASET = "training_dataset"
 CHURN_MODEL = "churn_model"
@@ -181,6 +182,9 @@ def assemble_dataset(platform: Platform, month: Month, now: datetime) -> MonthWr
         label_month=label_month,
         contract=contract,
     )
+    with platform.database.connect() as connection:
+        if [month_write(connection, one.relation, one.month) for one in (labels, *snapshots)] != [labels, *snapshots]:
+            raise TrainingRefused(f"{month} was written anew while its dataset was being made; run it again")
     dataset.save(assembled, platform.datasets)
     written = MonthWrite(
         TRAINING_DATASET,
@@ -208,104 +212,155 @@ def train(platform: Platform, month: Month, now: datetime) -> Trained:
 
     Raises TrainingRefused for data that must not be trained on, ArtifactRefused when the scorer cannot be compiled.
     """
-    from streamflow import evaluation, scoring, training
+    from streamflow import evaluation
 
     with platform.database.connect() as connection:
         source = month_write(connection, TRAINING_DATASET, month)
     data = dataset.load(platform.datasets / f"{source.digest}.parquet", platform.contract)
-    started = time.perf_counter()
-    model = training.fit(data, ESTIMATOR, n_jobs=os.cpu_count() or 1)
-    seconds = time.perf_counter() - started
-
-    artifact = scoring.compile_pipeline(model, data)
-    scorer = scoring.Scorer.from_bytes(artifact)
-    scoring.self_test(scorer)
-    probabilities = score(scorer, data)
-    parity = scoring.parity(model.probabilities(data.features), probabilities, model.threshold)
-    labels, validation = data.labels[data.holdout], probabilities[data.holdout]
-    measured = asdict(evaluation.metrics(labels, validation, model.threshold))
-    roc = evaluation.roc_plot(labels, validation)
+    candidate = fit_candidate(data, ESTIMATOR)
+    roc = evaluation.roc_plot(candidate.labels, candidate.validation)
     facts = {
         "service": data.service.name,
-        "estimator": model.estimator,
-        "threshold": model.threshold,
-        "artifact_sha256": scoring.sha256(artifact),
-        "metrics": measured,
-        "parity_difference": parity.max_difference,
-        "flipped_decisions": parity.flipped_decisions,
+        "estimator": candidate.model.estimator,
+        "threshold": candidate.model.threshold,
+        "artifact_sha256": candidate.artifact_sha256,
+        "metrics": candidate.metrics,
+        "parity_difference": candidate.parity.max_difference,
+        "flipped_decisions": candidate.parity.flipped_decisions,
         "lineage": {
             "month": str(month),
             "dataset": {"digest": source.digest, "rows": source.rows},
             "sources": dict(source.sources),
             "files": source.facts["files"],
-            "estimator": model.estimator,
+            "estimator": candidate.model.estimator,
             "code_version": code_version(),
             "libraries": libraries(),
             "python": machine.python_version(),
         },
     }
-    counts = {"training_rows": model.train_rows, "validation_rows": len(labels)}
-    predictions = predictions_digest(data.frame[USER_ID].tolist(), probabilities)
-    importances = evaluation.importances(model)
-    run_id = platform.registry.log(
-        Evidence(
-            name=f"{month} {model.estimator}",
-            pipeline=model.pipeline,
-            service=data.service,
-            example=data.features.head(EXAMPLE_ROWS),
-            scorer=artifact,
-            parameters={
-                "estimator": model.estimator,
-                **model.params,
-                "threshold": model.threshold,
-                "feature_service": data.service.name,
-                "as_of": str(month.as_of),
-            },
-            metrics={
-                **measured,
-                **counts,
-                "training_seconds": seconds,
-                "parity_difference": parity.max_difference,
-                "flipped_decisions": parity.flipped_decisions,
-            },
-            tags={
-                "month": str(month),
-                "dataset_digest": source.digest,
-                "predictions_digest": predictions,
-                "artifact_sha256": scoring.sha256(artifact),
-                "code_version": code_version(),
-                "launched_by": platform.settings.actor,
-            },
-            images={
-                "roc.png": roc,
-                "confusion_matrix.png": evaluation.confusion_plot(labels, validation, model.threshold),
-                "importances.png": evaluation.importance_plot(importances),
-            },
-            documents={"feature_schema.json": training.feature_schema(data.service), "lineage.json": facts["lineage"]},
-            tables={
-                "importances.csv": importances,
-                "predictions_sample.csv": evaluation.prediction_sample(data, validation, model.threshold),
-            },
-        )
-    )
+    run_id = platform.registry.log(_evidence(candidate, facts, roc, launched_by=platform.settings.actor))
     written = MonthWrite(
         CHURN_MODEL,
         month,
         source.revision,
-        predictions,
+        candidate.predictions_digest,
         source.rows,
         {TRAINING_DATASET: source.as_source},
         now,
         {"run_id": run_id, **facts},
     )
-    return Trained(
-        _recorded(platform, written), run_id, {**measured, **counts, "training_seconds": seconds}, parity, roc
-    )
+    measured = {**candidate.metrics, **candidate.counts, "training_seconds": candidate.seconds}
+    return Trained(_recorded(platform, written), run_id, measured, candidate.parity, roc)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A fitted and compiled model: ``probabilities`` are the scorer's of every row, ``seconds`` those of fitting."""
+
+    data: TrainingDataset
+    model: "TrainedModel"
+    artifact: bytes
+    probabilities: "NDArray[np.float64]"
+    parity: "Parity"
+    seconds: float
+
+    @property
+    def labels(self) -> "NDArray[np.bool_]":
+        """The labels of the held-out rows."""
+        return self.data.labels[self.data.holdout]
+
+    @property
+    def validation(self) -> "NDArray[np.float64]":
+        """The probabilities of the held-out rows."""
+        return self.probabilities[self.data.holdout]
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """How many rows it learned from, and was measured on."""
+        return {"training_rows": self.model.train_rows, "validation_rows": len(self.labels)}
+
+    @functools.cached_property
+    def metrics(self) -> dict[str, float]:
+        """The metrics on the held-out rows."""
+        from streamflow import evaluation
+
+        return asdict(evaluation.metrics(self.labels, self.validation, self.model.threshold))
+
+    @functools.cached_property
+    def artifact_sha256(self) -> str:
+        """The digest of the compiled scorer."""
+        return hashlib.sha256(self.artifact).hexdigest()
+
+    @functools.cached_property
+    def predictions_digest(self) -> str:
+        """The digest of the probabilities of every row."""
+        return predictions_digest(self.data.frame[USER_ID].tolist(), self.probabilities)
+
+
+def fit_candidate(data: TrainingDataset, estimator: str) -> Candidate:
+    """Fit an estimator, compile it, and score every row of the dataset by both forms."""
+    from streamflow import scoring, training
+
+    started = time.perf_counter()
+    model = training.fit(data, estimator, n_jobs=os.cpu_count() or 1)
+    seconds = time.perf_counter() - started
+    artifact = scoring.compile_pipeline(model, data)
+    scorer = scoring.Scorer.from_bytes(artifact)
+    scoring.self_test(scorer)
+    probabilities = score(scorer, data)
+    parity = scoring.parity(model.probabilities(data.features), probabilities, model.threshold)
+    return Candidate(data, model, artifact, probabilities, parity, seconds)
 
 
 def score(scorer: "Scorer", data: TrainingDataset) -> "NDArray[np.float64]":
     """The scorer's probability of each row of a dataset."""
     return scorer.score_columns({column.name: data.frame[column.name] for column in data.service.columns})
+
+
+def _evidence(candidate: Candidate, facts: Mapping[str, Any], roc: bytes, *, launched_by: str) -> Evidence:
+    from streamflow import evaluation, training
+
+    data, model, lineage = candidate.data, candidate.model, facts["lineage"]
+    importances = evaluation.importances(model)
+    return Evidence(
+        name=f"{data.month} {model.estimator}",
+        pipeline=model.pipeline,
+        service=data.service,
+        example=data.features.head(EXAMPLE_ROWS),
+        scorer=candidate.artifact,
+        parameters={
+            "estimator": model.estimator,
+            **model.params,
+            "threshold": model.threshold,
+            "feature_service": data.service.name,
+            "as_of": str(data.month.as_of),
+        },
+        metrics={
+            **candidate.metrics,
+            **candidate.counts,
+            "training_seconds": candidate.seconds,
+            "parity_difference": candidate.parity.max_difference,
+            "flipped_decisions": candidate.parity.flipped_decisions,
+        },
+        tags={
+            "month": str(data.month),
+            "dataset_digest": lineage["dataset"]["digest"],
+            "predictions_digest": candidate.predictions_digest,
+            "artifact_sha256": candidate.artifact_sha256,
+            "code_version": lineage["code_version"],
+            "launched_by": launched_by,
+        },
+        images={
+            "roc.png": roc,
+            "confusion_matrix.png": evaluation.confusion_plot(candidate.labels, candidate.validation, model.threshold),
+            "importances.png": evaluation.importance_plot(importances),
+        },
+        documents={"feature_schema.json": training.feature_schema(data.service), "lineage.json": lineage},
+        tables={
+            "importances.csv": importances,
+            "predictions_sample.csv": evaluation.prediction_sample(data, candidate.validation, model.threshold),
+        },
+    )
 
 
 def register(platform: Platform, month: Month, now: datetime) -> Registered:
@@ -379,8 +434,6 @@ def rebuild(platform: Platform, number: int) -> Rebuilt:
     Works on what the version was made from, whatever has landed since. Raises UnknownVersion, and ArchiveUnusable when
     the archive no longer has those bytes.
     """
-    from streamflow import scoring, training
-
     version, contract = platform.ledger.version(number), platform.contract
     lineage = version.lineage
     month, service = Month.parse(lineage["month"]), contract.service(version.service)
@@ -397,9 +450,7 @@ def rebuild(platform: Platform, number: int) -> Rebuilt:
         known = frames[contract.tables[0].name][[USER_ID]].merge(frames[view.table.name], on=USER_ID)
         joined = joined.merge(known[[USER_ID, *(column.name for column in view.columns)]], on=USER_ID, how="left")
     data = dataset.assemble(joined, labels, service, month=month, label_month=label_month, contract=contract)
-    model = training.fit(data, lineage["estimator"], n_jobs=os.cpu_count() or 1)
-    scorer = scoring.Scorer.from_bytes(scoring.compile_pipeline(model, data))
-    predictions = predictions_digest(data.frame[USER_ID].tolist(), score(scorer, data))
+    candidate = fit_candidate(data, lineage["estimator"])
     changed = {
         name: f"{then} then, {now} now"
         for name, then, now in (
@@ -408,7 +459,12 @@ def rebuild(platform: Platform, number: int) -> Rebuilt:
         )
         if then != now
     }
-    return Rebuilt(number, data.digest == version.dataset_digest, predictions == version.predictions_digest, changed)
+    return Rebuilt(
+        number,
+        data.digest == version.dataset_digest,
+        candidate.predictions_digest == version.predictions_digest,
+        changed,
+    )
 
 
 def run_link(platform: Platform, run_id: str) -> str:

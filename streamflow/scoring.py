@@ -18,7 +18,6 @@ from streamflow.contract import Kind
 from streamflow.errors import ArtifactRefused, StreamFlowError, TrainingRefused
 
 if TYPE_CHECKING:
-
     from streamflow.contract import FeatureService
     from streamflow.dataset import TrainingDataset
     from streamflow.training import TrainedModel

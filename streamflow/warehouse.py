@@ -33,6 +33,8 @@ TYPES = {
 }
 TOOL_SCHEMAS = ("online", "feast", "mlflow", "dagster")
 INSERT_ONLY = ("model_versions", "promotion_ledger")
+SESSION_DEFAULTS = {"timezone": "UTC", "datestyle": "ISO", "extra_float_digits": "1"}
+"""What each session of the platform's role starts with here, also those of tools that cannot be told."""
 COPY_BLOCK_ROWS = 100_000
 
 WITHIN_BOUNDS = "within_bounds"
@@ -101,6 +103,14 @@ def migrate(database: Database, contract: Contract = CONTRACT) -> list[str]:
         connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('streamflow migrate', 0))")
         changes += _follow_contract(connection, contract)
         _grant(connection, str(platform_role))
+    with database.connect() as connection:
+        connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('streamflow migrate', 0))")
+        for name, value in SESSION_DEFAULTS.items():
+            connection.execute(
+                sql.SQL("ALTER ROLE CURRENT_USER IN DATABASE {} SET {} = {}").format(
+                    sql.Identifier(connection.info.dbname), sql.Identifier(name), sql.Literal(value)
+                )
+            )
     return changes
 
 
@@ -248,26 +258,9 @@ def build_snapshot(
     Raises UnknownMonth when users or the table do not hold the month.
     """
     users = contract.tables[0]
-    values = sql.SQL(", ").join(sql.Identifier(column.name) for column in table.values)
-    insert = sql.SQL(
-        """
-        INSERT INTO {snapshot} ({as_of}, {user_id}, {values})
-        SELECT %(as_of)s, users.{user_id}, {sourced}
-        FROM {users} AS users
-        LEFT JOIN {source} AS source ON source.{month} = users.{month} AND source.{user_id} = users.{user_id}
-        WHERE users.{month} = %(month)s
-        """
-    ).format(
-        snapshot=sql.Identifier(SCHEMA, str(table.snapshot)),
-        as_of=sql.Identifier(AS_OF),
-        user_id=sql.Identifier(USER_ID),
-        month=sql.Identifier(MONTH),
-        values=values,
-        sourced=sql.SQL(", ").join(sql.Identifier("source", column.name) for column in table.values),
-        users=sql.Identifier(SCHEMA, users.name),
-        source=sql.Identifier(SCHEMA, table.name),
-    )
     snapshot = str(table.snapshot)
+    insert, count_missing = _snapshot_statements(table, users)
+    period = {"as_of": month.as_of, "month": str(month)}
     with database.connect() as connection:
         for relation in sorted({users.name, table.name, snapshot}):
             _lock(connection, relation, month)
@@ -276,7 +269,8 @@ def build_snapshot(
             sql.SQL("DELETE FROM {} WHERE {} = %s").format(sql.Identifier(SCHEMA, snapshot), sql.Identifier(AS_OF)),
             (month.as_of,),
         )
-        inserted = connection.execute(insert, {"as_of": month.as_of, "month": str(month)})
+        inserted = connection.execute(insert, period)
+        (missing,) = connection.execute(count_missing, period).fetchone() or (None,)
         written = MonthWrite(
             snapshot,
             month,
@@ -285,10 +279,37 @@ def build_snapshot(
             inserted.rowcount,
             {name: write.as_source for name, write in sources.items()},
             now,
-            {"missing": inserted.rowcount - sources[table.name].rows},
+            {"missing": missing},
         )
         record(connection, written)
     return written
+
+
+def _snapshot_statements(table: Table, users: Table) -> tuple[sql.Composed, sql.Composed]:
+    """Insert a month's snapshot; count the customers of the month whom ``table`` lacks."""
+    columns = sql.SQL(
+        "INSERT INTO {snapshot} ({as_of}, {user_id}, {values}) SELECT %(as_of)s, users.{user_id}, {sourced}"
+    ).format(
+        snapshot=sql.Identifier(SCHEMA, str(table.snapshot)),
+        as_of=sql.Identifier(AS_OF),
+        user_id=sql.Identifier(USER_ID),
+        values=sql.SQL(", ").join(sql.Identifier(column.name) for column in table.values),
+        sourced=sql.SQL(", ").join(sql.Identifier("source", column.name) for column in table.values),
+    )
+    joined = sql.SQL(
+        """
+        FROM {users} AS users
+        LEFT JOIN {source} AS source ON source.{month} = users.{month} AND source.{user_id} = users.{user_id}
+        WHERE users.{month} = %(month)s
+        """
+    ).format(
+        users=sql.Identifier(SCHEMA, users.name),
+        source=sql.Identifier(SCHEMA, table.name),
+        month=sql.Identifier(MONTH),
+        user_id=sql.Identifier(USER_ID),
+    )
+    missing = sql.SQL("SELECT count(*) {} AND source.{} IS NULL").format(joined, sql.Identifier(USER_ID))
+    return columns + joined, missing
 
 
 def snapshot_digest(connection: psycopg.Connection[Any], table: Table, month: Month) -> str:
@@ -310,7 +331,7 @@ def rows_digest(connection: psycopg.Connection[Any], query: sql.Composable) -> s
     digest = hashlib.sha256()
     with (
         connection.cursor() as cursor,
-        cursor.copy(sql.SQL("COPY ({}) TO STDOUT (FORMAT csv, HEADER)").format(query)) as copy,
+        cursor.copy(sql.SQL("COPY ({}) TO STDOUT (FORMAT csv, HEADER, ENCODING 'UTF8')").format(query)) as copy,
     ):
         for block in copy:
             digest.update(block)
@@ -375,7 +396,7 @@ def labels(database: Database, month: Month, contract: Contract = CONTRACT) -> p
 def copy_in(connection: psycopg.Connection[Any], target: sql.Composable, rows: pa.Table) -> None:
     """COPY an Arrow table into the columns of ``target`` that bear its names."""
     names = sql.SQL(", ").join(map(sql.Identifier, rows.column_names))
-    statement = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT csv)").format(target, names)
+    statement = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT csv, ENCODING 'UTF8')").format(target, names)
     with connection.cursor() as cursor, cursor.copy(statement) as copy:
         for batch in rows.to_batches(max_chunksize=COPY_BLOCK_ROWS):
             block = io.BytesIO()

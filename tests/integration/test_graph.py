@@ -129,7 +129,8 @@ def bad_january(platform, dagster, database, february):
                 RETURN NULL;
             END $$;
             CREATE TRIGGER lose_one BEFORE INSERT ON streamflow.{VICTIM}
-            FOR EACH ROW WHEN (NEW.month = '{JANUARY}' AND NEW.user_id = '{lost}') EXECUTE FUNCTION streamflow.lose_one();
+            FOR EACH ROW WHEN (NEW.month = '{JANUARY}' AND NEW.user_id = '{lost}')
+            EXECUTE FUNCTION streamflow.lose_one();
             """
         )
     outcomes = run(dagster, JANUARY), run(dagster, MARCH, labelled=False)
