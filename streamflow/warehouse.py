@@ -21,7 +21,7 @@ from psycopg.types.json import Jsonb
 from streamflow.contract import AS_OF, CONTRACT, MONTH, SCHEMA, USER_ID, Column, Contract, Table
 from streamflow.database import Database
 from streamflow.errors import ConfigurationError, UnknownMonth
-from streamflow.months import Month
+from streamflow.months import FIRST_MONTH, Month
 
 TYPES = {
     "id": 'text COLLATE "C"',
@@ -39,7 +39,9 @@ COPY_BLOCK_ROWS = 100_000
 
 WITHIN_BOUNDS = "within_bounds"
 DATES_AGREE = "dates_agree_with_partition"
-FINDINGS = ("row_count_equals_source", "key_is_unique", WITHIN_BOUNDS, DATES_AGREE)
+ROWS_EQUAL = "row_count_equals_source"
+KEY_UNIQUE = "key_is_unique"
+EPOCH = Month.parse(FIRST_MONTH)
 
 
 class Source(TypedDict):
@@ -404,53 +406,69 @@ def copy_in(connection: psycopg.Connection[Any], target: sql.Composable, rows: p
             copy.write(block.getbuffer())
 
 
+def finding_names(table: Table, *, snapshot: bool) -> list[str]:
+    """The checks that apply to a table or its snapshot: bounds where there are any, dates where there are any."""
+    counting = {check for (check, _), _ in _violations(table, EPOCH, snapshot=snapshot)}
+    return [ROWS_EQUAL, KEY_UNIQUE, *(check for check in (WITHIN_BOUNDS, DATES_AGREE) if check in counting)]
+
+
 def landing_findings(database: Database, table: Table, month: Month) -> list[Finding]:
     """Check a landed month in the warehouse against its source, its key, its bounds and its own partition."""
-    return _findings(database, table, table.name, (MONTH, str(month)), month, table.name)
+    return _findings(database, table, month, source=table.name, snapshot=False)
 
 
 def snapshot_findings(database: Database, table: Table, month: Month, contract: Contract = CONTRACT) -> list[Finding]:
     """Check a month's snapshot against users (one row each), its key, its bounds and its own partition."""
-    return _findings(database, table, str(table.snapshot), (AS_OF, month.as_of), month, contract.tables[0].name)
+    return _findings(database, table, month, source=contract.tables[0].name, snapshot=True)
 
 
-def _findings(
-    database: Database, table: Table, relation: str, period: tuple[str, object], month: Month, source: str
-) -> list[Finding]:
+def _findings(database: Database, table: Table, month: Month, *, source: str, snapshot: bool) -> list[Finding]:
+    relation, column, value = (str(table.snapshot), AS_OF, month.as_of) if snapshot else (table.name, MONTH, str(month))
     tests = {
-        ("rows", "rows"): sql.SQL("count(*)"),
-        ("rows", "different keys"): sql.SQL("count(DISTINCT {})").format(sql.Identifier(USER_ID)),
-        **dict(_violations(table, month)),
+        (KEY_UNIQUE, "rows"): sql.SQL("count(*)"),
+        (KEY_UNIQUE, "different keys"): sql.SQL("count(DISTINCT {})").format(sql.Identifier(USER_ID)),
+        **dict(_violations(table, month, snapshot=snapshot)),
     }
-    column, value = period
     query = sql.SQL("SELECT {} FROM {} WHERE {} = %s").format(
         sql.SQL(", ").join(tests.values()), sql.Identifier(SCHEMA, relation), sql.Identifier(column)
     )
     with database.connect() as connection:
         counted = dict(zip(tests, connection.execute(query, (value,)).fetchone() or (), strict=True))
         source_rows = month_write(connection, source, month).rows
-    rows, keys = counted[("rows", "rows")], counted[("rows", "different keys")]
-    findings = [
-        Finding("row_count_equals_source", rows == source_rows > 0, {"rows": rows, "source rows": source_rows}),
-        Finding("key_is_unique", rows == keys, {"rows": rows, "different keys": keys}),
+    counts: dict[str, dict[str, int]] = {}
+    for (check, label), count in counted.items():
+        counts.setdefault(check, {})[label] = count
+    rows, keys = counts[KEY_UNIQUE].values()
+    counts[ROWS_EQUAL] = {"rows": rows, "source rows": source_rows}
+    passed = {ROWS_EQUAL: rows == source_rows > 0, KEY_UNIQUE: rows == keys}
+    return [
+        Finding(name, passed.get(name, not any(counts[name].values())), counts[name])
+        for name in finding_names(table, snapshot=snapshot)
     ]
-    for name in (WITHIN_BOUNDS, DATES_AGREE):
-        counts = {label: count for (check, label), count in counted.items() if check == name}
-        findings.append(Finding(name, not any(counts.values()), counts))
-    return findings
 
 
-def _violations(table: Table, month: Month) -> Iterator[tuple[tuple[str, str], sql.Composed]]:
+def _violations(table: Table, month: Month, *, snapshot: bool) -> Iterator[tuple[tuple[str, str], sql.Composed]]:
+    """What no row may be, by check and name: an expression that counts such rows of a month."""
     for column in table.values:
         if condition := _out_of_bounds(column):
             yield (WITHIN_BOUNDS, column.name), sql.SQL("count(*) FILTER (WHERE {})").format(condition)
         if column.not_after_as_of:
+            late = sql.SQL("count(*) FILTER (WHERE {} > {})")
             yield (
                 (DATES_AGREE, f"{column.name} after as_of"),
-                sql.SQL("count(*) FILTER (WHERE {} > {})").format(
-                    sql.Identifier(column.name), sql.Literal(month.as_of)
-                ),
+                late.format(sql.Identifier(column.name), sql.Literal(month.as_of)),
             )
+    if snapshot:
+        inside = sql.SQL("(SELECT count(*) FROM {} WHERE {as_of} >= {} AND {as_of} < {})")
+        yield (
+            (DATES_AGREE, "as_of within the month, but not its last day"),
+            inside.format(
+                sql.Identifier(SCHEMA, str(table.snapshot)),
+                sql.Literal(month.as_of.replace(day=1)),
+                sql.Literal(month.as_of),
+                as_of=sql.Identifier(AS_OF),
+            ),
+        )
 
 
 def _out_of_bounds(column: Column) -> sql.Composable | None:

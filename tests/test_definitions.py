@@ -9,7 +9,6 @@ from dagster import AssetKey
 
 from streamflow.contract import CONTRACT
 from streamflow.settings import PROJECT_ROOT
-from streamflow.warehouse import FINDINGS
 from streamflow_dagster.definitions import defs
 from streamflow_dagster.defs.partitions import MONTHLY
 
@@ -69,15 +68,24 @@ def test_the_first_partition_is_january_2024():
     assert MONTHLY.get_first_partition_key() == "2024-01"
 
 
-def test_tables_and_snapshots_have_every_blocking_check_by_month():
+def test_checks_are_blocking_by_month_and_only_where_there_is_something_to_check():
     checks = {
         (key.asset_key.to_user_string(), key.name): defs.resolve_asset_graph().get(key)
         for key in defs.resolve_asset_graph().asset_check_keys
     }
-    tables = [table.name for table in CONTRACT.tables] + [str(table.snapshot) for table in CONTRACT.snapshots]
-    assert set(checks) == {(table, name) for table in tables for name in FINDINGS} | {
-        ("churn_model", "compiled_scorer_agrees")
+    rows_and_key = {"row_count_equals_source", "key_is_unique"}
+    everything = rows_and_key | {"within_bounds", "dates_agree_with_partition"}
+    expected = {
+        "users": everything,
+        "subscriptions": everything - {"dates_agree_with_partition"},
+        "usage_agg_30d": everything - {"dates_agree_with_partition"},
+        "payments_agg_90d": everything - {"dates_agree_with_partition"},
+        "support_agg_90d": everything - {"dates_agree_with_partition"},
+        "labels": rows_and_key,
+        **{str(table.snapshot): everything for table in CONTRACT.snapshots},
+        "churn_model": {"compiled_scorer_agrees"},
     }
+    assert set(checks) == {(asset, name) for asset, names in expected.items() for name in names}
     for key, check in checks.items():
         assert check.blocking, key
         assert check.partitions_def == MONTHLY, key

@@ -2,6 +2,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,7 @@ from streamflow.settings import Settings
 from streamflow.simulate import simulate
 from streamflow.status import month_statuses, relations
 from streamflow.training import Estimator
-from streamflow.warehouse import MonthWrite, landing_findings, month_writes, snapshot_findings
+from streamflow.warehouse import MonthWrite, landing_findings, month_writes, record, snapshot_findings
 
 JANUARY, FEBRUARY, MARCH, APRIL = Month(2024, 1).until(Month(2024, 4))
 NOW = datetime(2024, 5, 3, 4, 5, tzinfo=UTC)
@@ -452,3 +453,25 @@ def test_the_real_january_has_its_published_figures(
     assert rows(world, "SELECT monthly_fee FROM online.subs_profile_fv WHERE user_id = '7590-VHVEG'") == [(29.85,)]
     assert registered.version.metrics["auc"] >= 0.80
     assert registered.decision.promote
+
+
+def test_a_month_written_anew_while_its_dataset_is_made_is_refused(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retrieve = features.historical_features
+
+    def retrieve_and_correct(*given: Any) -> Any:
+        frame = retrieve(*given)
+        with world.platform.database.connect() as connection:
+            connection.execute(
+                "UPDATE streamflow.month_writes SET digest = 'other' WHERE relation = 'labels' AND month = '2024-02'"
+            )
+        return frame
+
+    before = world.written(FEBRUARY)
+    monkeypatch.setattr(features, "historical_features", retrieve_and_correct)
+    with pytest.raises(TrainingRefused, match="2024-02 was written anew while its dataset was being made"):
+        pipeline.assemble_dataset(world.platform, FEBRUARY, NOW)
+    with world.platform.database.connect() as connection:
+        record(connection, before["labels"])
+    assert world.written(FEBRUARY) == before

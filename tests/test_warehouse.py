@@ -26,6 +26,7 @@ from streamflow.warehouse import (
     MonthWrite,
     build_snapshot,
     copy_in,
+    finding_names,
     landing_findings,
     migrate,
     month_write,
@@ -580,11 +581,12 @@ def test_checks_pass_on_untouched_months(clean: Database) -> None:
     land(clean, JANUARY, PEOPLE, lacking={"usage_agg_30d": ["u1", "u2"]})
     for table in CONTRACT.tables:
         findings = landing_findings(clean, table, JANUARY)
-        assert tuple(finding.name for finding in findings) == warehouse.FINDINGS
+        assert [finding.name for finding in findings] == finding_names(table, snapshot=False)
         assert red(findings) == {}
     for table in CONTRACT.snapshots:
         findings = snapshot_findings(clean, table, JANUARY)
-        assert tuple(finding.name for finding in findings) == warehouse.FINDINGS
+        assert [finding.name for finding in findings] == finding_names(table, snapshot=True)
+        assert all(finding.counts for finding in findings)
         assert red(findings) == {}
         assert findings[0].counts == {"rows": 10, "source rows": 10}
 
@@ -639,6 +641,15 @@ def test_a_snapshot_that_was_tampered_with_turns_red(
     where = "AND" if "WHERE" in tampering else "WHERE"
     execute(january, f"{tampering.format(USAGE.snapshot)} {where} as_of = '2024-01-31'")
     assert red(snapshot_findings(january, USAGE, JANUARY)) == found
+    assert red(snapshot_findings(january, USAGE, FEBRUARY)) == {}
+
+
+def test_a_snapshot_of_another_day_of_the_month_turns_red(january: Database) -> None:
+    execute(january, f"UPDATE {USAGE.snapshot} SET as_of = '2024-01-30' WHERE user_id < 'u3' AND as_of = '2024-01-31'")
+    assert red(snapshot_findings(january, USAGE, JANUARY)) == {
+        "row_count_equals_source": {"rows": 7, "source rows": 10},
+        "dates_agree_with_partition": {"as_of within the month, but not its last day": 3},
+    }
     assert red(snapshot_findings(january, USAGE, FEBRUARY)) == {}
 
 

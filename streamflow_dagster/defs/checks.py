@@ -4,14 +4,15 @@ import warnings
 
 from dagster import AssetCheckSpec, PreviewWarning
 
-from streamflow.warehouse import FINDINGS
+from streamflow.contract import Table
+from streamflow.warehouse import finding_names
 from streamflow_dagster.defs.partitions import MONTHLY
 
 MEANINGS = {
     "row_count_equals_source": "There are as many rows as in the source, and some.",
     "key_is_unique": "No customer stands twice in a month.",
     "within_bounds": "Every value is within the bounds and categories of the contract.",
-    "dates_agree_with_partition": "No date of the month lies after its last day.",
+    "dates_agree_with_partition": "No date of the month lies after its last day, and snapshots are of that day.",
 }
 AGREES = "compiled_scorer_agrees"
 
@@ -26,9 +27,14 @@ def blocking(name: str, asset: str, description: str) -> AssetCheckSpec:
         return AssetCheckSpec(name, asset=asset, description=description, blocking=True, partitions_def=MONTHLY)
 
 
-def of_rows(asset: str) -> list[AssetCheckSpec]:
-    """The checks of a table or snapshot."""
-    return [blocking(name, asset, MEANINGS[name]) for name in FINDINGS]
+def of_table(table: Table) -> list[AssetCheckSpec]:
+    """The checks of a landed table."""
+    return [blocking(name, table.name, MEANINGS[name]) for name in finding_names(table, snapshot=False)]
+
+
+def of_snapshot(table: Table) -> list[AssetCheckSpec]:
+    """The checks of a table's snapshot."""
+    return [blocking(name, str(table.snapshot), MEANINGS[name]) for name in finding_names(table, snapshot=True)]
 
 
 def of_model(asset: str) -> list[AssetCheckSpec]:

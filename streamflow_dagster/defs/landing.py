@@ -26,7 +26,7 @@ def landed_table(table: Table) -> AssetsDefinition:
         kinds={"csv", "postgres"},
         code_version=CODE,
         partitions_def=MONTHLY,
-        check_specs=checks.of_rows(table.name),
+        check_specs=checks.of_table(table),
     )
     def landed(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:
         started, month = perf_counter(), month_of(context)

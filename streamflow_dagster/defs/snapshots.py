@@ -29,7 +29,7 @@ def snapshot_of(table: Table) -> AssetsDefinition:
         kinds={"postgres", "sql"},
         code_version=CODE,
         partitions_def=MONTHLY,
-        check_specs=checks.of_rows(name),
+        check_specs=checks.of_snapshot(table),
     )
     def snapshot(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:
         started, month = perf_counter(), month_of(context)
