@@ -10,7 +10,7 @@ from litestar.di import Provide
 
 from serving.artifacts import Artifacts
 from serving.features import FeatureStore
-from serving.openapi import ContractSchemas, openapi_config
+from serving.openapi import ClosedSchemas, ContractSchemas, openapi_config
 from serving.postgres import Postgres
 from serving.predictor import Predictor
 from serving.problems import add_request_id, respond
@@ -57,7 +57,7 @@ def create_app(
         before_send=[add_request_id],
         request_class=JsonRequest,
         request_max_body_size=MAX_BODY,
-        plugins=[ContractSchemas(contract)],
+        plugins=[ContractSchemas(contract), ClosedSchemas()],
         openapi_config=openapi_config(),
         logging_config=None,
     )

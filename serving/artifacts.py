@@ -87,4 +87,4 @@ async def _registry_errors() -> AsyncIterator[None]:
         answer = failure.response
         raise RegistryUnavailable(f"MLflow answers {answer.status_code} to {answer.request.url.path}") from failure
     except (httpx.HTTPError, TimeoutError) as failure:
-        raise RegistryUnavailable(f"MLflow does not answer: {failure or type(failure).__name__}") from failure
+        raise RegistryUnavailable("MLflow does not answer; the log says why") from failure

@@ -14,6 +14,12 @@ def log(level: int, event: str, *, failure: BaseException | None = None, **field
     LOGGER.log(level, event, extra={"fields": fields}, exc_info=failure)
 
 
+def with_cause(failure: BaseException) -> str:
+    """What the log says of a failure: also its cause, which may name servers and statements and is not for callers."""
+    cause = failure.__cause__
+    return f"{failure}: {str(cause).strip() or type(cause).__name__}" if cause else str(failure)
+
+
 class JsonLines(logging.Formatter):
     """Formats any record, ours or a library's, as one line of JSON."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 from litestar import Request, Response, Router
+from litestar._openapi.schema_generation.plugins.struct import StructSchemaPlugin
 from litestar.exceptions import NotFoundException
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import OpenAPIRenderPlugin
@@ -66,6 +67,23 @@ class ContractSchemas(OpenAPISchemaPlugin):
             return Schema(one_of=[schema_creator.for_field_definition(outcome) for outcome in outcomes])
         services = [_service_schema(service) for service in self._contract.services]
         return services[0] if len(services) == 1 else Schema(any_of=services)
+
+
+class ClosedSchemas(StructSchemaPlugin):
+    """Says of a request body that refuses unknown fields that it does."""
+
+    def is_plugin_supported_field(self, field_definition: FieldDefinition) -> bool:
+        """Whether this plugin describes the field."""
+        return (
+            super().is_plugin_supported_field(field_definition)
+            and field_definition.type_.__struct_config__.forbid_unknown_fields
+        )
+
+    def to_openapi_schema(self, field_definition: FieldDefinition, schema_creator: Any) -> Schema:
+        """The struct's schema, closed."""
+        schema = super().to_openapi_schema(field_definition, schema_creator)
+        schema.additional_properties = False
+        return schema
 
 
 def _service_schema(service: FeatureService) -> Schema:

@@ -62,14 +62,16 @@ class Postgres:
     async def fetch(self, query: bytes, *parameters: object) -> list[Row]:
         """All rows of a prepared query that only reads, asked again if its connection turns out to be lost already.
 
-        Raises WarehouseUnavailable when the server does not answer in time, QueryRefused when it lacks a table.
+        Raises WarehouseUnavailable when the server does not answer in time, QueryRefused when it lacks a table. What
+        the server or the driver said is the cause of either, not its message, which goes over the wire.
         """
         try:
             return await self._fetch(query, parameters)
         except psycopg.OperationalError as failure:
-            raise WarehouseUnavailable(f"PostgreSQL does not answer: {_reason(failure)}") from failure
+            raise WarehouseUnavailable("PostgreSQL does not answer; the log says why") from failure
         except psycopg.Error as failure:
-            raise QueryRefused(f"PostgreSQL refuses a query: {_reason(failure)}") from failure
+            refusal = type(failure).__name__
+            raise QueryRefused(f"PostgreSQL refuses a query ({refusal}); the log says why") from failure
 
     async def _fetch(self, query: bytes, parameters: tuple[object, ...]) -> list[Row]:
         deadline = time.monotonic() + SILENCE_S / 2
@@ -80,10 +82,6 @@ class Postgres:
                 except psycopg.OperationalError:
                     if not connection.closed or time.monotonic() >= deadline:
                         raise
-
-
-def _reason(failure: psycopg.Error) -> str:
-    return failure.diag.message_primary or str(failure).strip() or type(failure).__name__
 
 
 async def _fetch(connection: psycopg.AsyncConnection[Row], query: bytes, parameters: tuple[object, ...]) -> list[Row]:

@@ -12,6 +12,14 @@ from streamflow.errors import StreamFlowError
 from streamflow.scoring import UnscorableFeatures, decide
 
 
+class UnscorableUser(StreamFlowError):
+    """The model cannot take a customer's features; the message names one of them."""
+
+    def __init__(self, user_id: str, refusal: UnscorableFeatures) -> None:
+        why = str(refusal).removeprefix(f"row {refusal.row}: ")
+        super().__init__(f"the model cannot score user {user_id}: {why}")
+
+
 class Scored(msgspec.Struct, frozen=True):
     """One customer's probability of churn and what it was computed from."""
 
@@ -47,7 +55,7 @@ class Predictor:
     async def predict(self, user_id: str) -> Scored:
         """Score one customer.
 
-        Raises NoModel, WarehouseUnavailable, UnknownUser, IncompleteFeatures or UnscorableFeatures.
+        Raises NoModel, WarehouseUnavailable, UnknownUser, IncompleteFeatures or UnscorableUser.
         """
         (outcome,) = await self.predict_all([user_id])
         if isinstance(outcome, StreamFlowError):
@@ -77,8 +85,8 @@ def _score(model: ServedModel, rows: list[list[FeatureValue]]) -> list[float | U
 
 def _scored(
     model: ServedModel, user: OnlineFeatures, score: float | UnscorableFeatures, now: datetime
-) -> Scored | UnscorableFeatures:
+) -> Scored | UnscorableUser:
     if isinstance(score, UnscorableFeatures):
-        return score
+        return UnscorableUser(user.user_id, score)
     features = Features(zip(model.query.names, user.values, strict=True))
     return Scored(model, user.user_id, user.as_of, features, score, now)

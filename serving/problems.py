@@ -1,6 +1,7 @@
 """Errors on the wire: the one table from exception to problem details (RFC 9457), for every error there is."""
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -14,14 +15,16 @@ from litestar.types import Message, Scope
 from msgspec import UNSET
 
 from serving.features import IncompleteFeatures, MissingFeatures, UnknownUser
-from serving.logs import log
+from serving.logs import log, with_cause
+from serving.predictor import UnscorableUser
 from serving.production import Check, NoModel, State
 from serving.schemas import Problem, ReadinessCheck
 from streamflow.errors import StreamFlowError, WarehouseUnavailable
-from streamflow.scoring import UnscorableFeatures
 
 MEDIA_TYPE = "application/problem+json"
 REQUEST_ID_HEADER = b"x-request-id"
+CALLER_REQUEST_ID_HEADER = b"x-caller-request-id"
+CALLER_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 FIELDS = {"data": "body"}
 """What callers know as another name than Litestar."""
 
@@ -54,7 +57,7 @@ class Kind:
 KINDS: dict[type[Exception] | int, Kind] = {
     UnknownUser: Kind(HTTPStatus.NOT_FOUND, "unknown-user", "Unknown user"),
     IncompleteFeatures: Kind(HTTPStatus.UNPROCESSABLE_ENTITY, "incomplete-features", "Incomplete features"),
-    UnscorableFeatures: Kind(HTTPStatus.UNPROCESSABLE_ENTITY, "unscorable-features", "Features that cannot be scored"),
+    UnscorableUser: Kind(HTTPStatus.UNPROCESSABLE_ENTITY, "unscorable-features", "Features that cannot be scored"),
     NoModel: Kind(HTTPStatus.SERVICE_UNAVAILABLE, "no-model", "No model is served", 5),
     WarehouseUnavailable: Kind(
         HTTPStatus.SERVICE_UNAVAILABLE, "feature-store-unavailable", "The feature store is unavailable", 2
@@ -113,6 +116,8 @@ def respond(request: Request[Any, Any, Any], failure: Exception) -> Response[Pro
     kind = kind_of(failure)
     if kind is KINDS[500]:
         log(logging.ERROR, "request_failed", request_id=request_id, path=request.scope["path"], failure=failure)
+    elif isinstance(failure, WarehouseUnavailable):
+        log(logging.WARNING, "request_unanswered", request_id=request_id, reason=with_cause(failure))
     headers = dict(failure.headers or {}) if isinstance(failure, HTTPException) else {}
     if kind.retry_after_s:
         headers["Retry-After"] = str(kind.retry_after_s)
@@ -133,9 +138,13 @@ def new_request_id() -> str:
 
 
 async def add_request_id(message: Message, scope: Scope) -> None:
-    """Put the request's id into the header of its answer."""
+    """Put the request's id into the header of its answer, and a well-formed one of the caller's beside it."""
     if message["type"] == "http.response.start":
-        message["headers"] = [*message["headers"], (REQUEST_ID_HEADER, request_id_of(scope).encode())]
+        headers = [*message["headers"], (REQUEST_ID_HEADER, request_id_of(scope).encode())]
+        callers = dict(scope["headers"]).get(REQUEST_ID_HEADER, b"")
+        if CALLER_REQUEST_ID.fullmatch(callers):
+            headers.append((CALLER_REQUEST_ID_HEADER, callers))
+        message["headers"] = headers
 
 
 def documented(*causes: type[Exception] | int) -> dict[int, ResponseSpec]:

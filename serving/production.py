@@ -15,7 +15,7 @@ from typing import Self
 
 from serving.artifacts import Artifacts
 from serving.features import FeatureQuery, FeatureStore
-from serving.logs import log
+from serving.logs import log, with_cause
 from serving.postgres import Postgres, QueryRefused
 from streamflow.errors import ArtifactRefused, RegistryUnavailable, StreamFlowError, WarehouseUnavailable
 from streamflow.scoring import Scorer, self_test
@@ -147,21 +147,23 @@ class ProductionModel:
     async def _poll_registry(self) -> None:
         try:
             await self._artifacts.probe()
-            check = Check("registry", State.READY, "MLflow answers")
         except RegistryUnavailable as failure:
             check = Check("registry", State.DEGRADED, str(failure))
-        self._registry_check = _announced(self._registry_check, check)
+            self._registry_check = _announced(self._registry_check, check, failure)
+        else:
+            self._registry_check = _announced(self._registry_check, Check("registry", State.READY, "MLflow answers"))
 
     async def _poll_database(self) -> None:
         try:
             await self._follow_ledger()
             if self._served:
                 await self._store.read(self._served.query, [])
-            check = Check("feature_store", State.READY, "PostgreSQL answers")
         except WarehouseUnavailable as failure:
             check = Check("feature_store", State.UNAVAILABLE, str(failure))
+            self._store_check = _announced(self._store_check, check, failure)
             self._why_none = f"which version is in Production cannot be read: {failure}"
-        self._store_check = _announced(self._store_check, check)
+        else:
+            self._store_check = _announced(self._store_check, Check("feature_store", State.READY, "PostgreSQL answers"))
 
     async def _follow_ledger(self) -> None:
         rows = await self._postgres.fetch(NEWEST_DECISION)
@@ -182,9 +184,9 @@ class ProductionModel:
         try:
             self._served, self.refusal = await self._load(production), None
         except ArtifactRefused as failure:
-            self._refuse(production, str(failure), retry_s=REFUSED_RETRY_S)
+            self._refuse(production, failure, retry_s=REFUSED_RETRY_S)
         except (RegistryUnavailable, QueryRefused) as failure:
-            self._refuse(production, str(failure), retry_s=POLL_S)
+            self._refuse(production, failure, retry_s=POLL_S)
         else:
             log(logging.INFO, "model_served", version=production.version, artifact_sha256=production.artifact_sha256)
 
@@ -196,11 +198,11 @@ class ProductionModel:
         await self._store.read(query, [])
         return ServedModel(production, scorer, query, self._clock())
 
-    def _refuse(self, production: Production, reason: str, *, retry_s: float) -> None:
-        if self.refusal is None or (self.refusal.production, self.refusal.reason) != (production, reason):
-            log(logging.ERROR, "model_refused", version=production.version, reason=reason)
-        self.refusal = Refusal(production, reason, time.monotonic() + retry_s)
-        self._why_none = f"version {production.version} is in Production but cannot be served: {reason}"
+    def _refuse(self, production: Production, failure: StreamFlowError, *, retry_s: float) -> None:
+        if self.refusal is None or (self.refusal.production, self.refusal.reason) != (production, str(failure)):
+            log(logging.ERROR, "model_refused", version=production.version, reason=with_cause(failure))
+        self.refusal = Refusal(production, str(failure), time.monotonic() + retry_s)
+        self._why_none = f"version {production.version} is in Production but cannot be served: {failure}"
 
 
 def _verified_scorer(data: bytes, service: str) -> Scorer:
@@ -216,10 +218,11 @@ def _verified_scorer(data: bytes, service: str) -> Scorer:
     return scorer
 
 
-def _announced(before: Check, now: Check) -> Check:
+def _announced(before: Check, now: Check, failure: StreamFlowError | None = None) -> Check:
     if now != before:
         level = logging.INFO if now.state is State.READY else logging.WARNING
-        log(level, "readiness_changed", part=now.name, state=now.state, reason=now.reason)
+        reason = with_cause(failure) if failure else now.reason
+        log(level, "readiness_changed", part=now.name, state=now.state, reason=reason)
     return now
 
 

@@ -8,7 +8,7 @@ from litestar.exceptions import ClientException, SerializationException
 from litestar.params import JSONBody, Parameter, SkipValidation
 
 from serving.features import IncompleteFeatures, UnknownUser
-from serving.predictor import Predictor, Scored
+from serving.predictor import Predictor, Scored, UnscorableUser
 from serving.problems import NotReady, documented, new_request_id, problem, readiness_checks, request_id_of
 from serving.production import NoModel, ProductionModel, State
 from serving.schemas import (
@@ -25,7 +25,6 @@ from serving.schemas import (
     RefusedVersion,
 )
 from streamflow.errors import StreamFlowError, WarehouseUnavailable
-from streamflow.scoring import UnscorableFeatures
 
 MAX_BODY = 64 * 1024
 MAX_BATCH_BODY = 128 * 1024
@@ -61,7 +60,7 @@ class JsonRequest(Request[Any, Any, Any]):
     "/predict",
     status_code=200,
     request_max_body_size=MAX_BODY,
-    responses=documented(*BODY, *USER, UnscorableFeatures, *UNAVAILABLE),
+    responses=documented(*BODY, *USER, UnscorableUser, *UNAVAILABLE),
 )
 async def predict(data: JSONBody[PredictRequest], request: JsonRequest, predictor: ThePredictor) -> Prediction:
     """Score one customer with the Production model and the features of the feature store."""

@@ -3,6 +3,7 @@
 from datetime import date, datetime
 from typing import Annotated, Literal
 
+from litestar.params import Parameter
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from serving.features import FeatureValue
@@ -13,6 +14,8 @@ MAX_BATCH = 1000
 WHOLE_USER_ID = rf"^{USER_ID_PATTERN}$(?!\n)"
 
 UserId = Annotated[str, Meta(pattern=WHOLE_USER_ID, description="The customer.", examples=["7590-VHVEG"])]
+ListedUserId = Annotated[UserId, Parameter(pattern=WHOLE_USER_ID, description="A customer.")]
+"""Litestar describes what is in a list by ``Parameter`` only."""
 Probability = Annotated[float, Meta(ge=0, le=1, description="Probability of churn.")]
 Threshold = Annotated[float, Meta(ge=0, le=1, description="The probability from which on `prediction` is 1.")]
 RequestId = Annotated[str, Meta(description="Unique; also in the X-Request-ID header.")]
@@ -31,7 +34,7 @@ class PredictRequest(Struct, forbid_unknown_fields=True):
 class BatchRequest(Struct, forbid_unknown_fields=True):
     """Whom to score, in the order of the answer."""
 
-    user_ids: Annotated[list[UserId], Meta(max_length=MAX_BATCH)]
+    user_ids: Annotated[list[ListedUserId], Meta(max_length=MAX_BATCH)]
 
 
 class Outcome(Struct):

@@ -177,14 +177,13 @@ def test_a_missing_data_folder_is_one_clear_line(undisturbed, tmp_path):
     assert str(tmp_path / "nowhere") in output
 
 
-@pytest.mark.parametrize(
-    ("relation", "month"), [("usage_agg_30d_snapshots", "2024-01"), ("training_dataset", "2024-02")]
-)
-def test_a_kill_in_the_middle_leaves_nothing_wrong(new_settings, undisturbed, data, relation, month):
+def test_kills_in_the_middle_leave_nothing_wrong(new_settings, undisturbed, data):
+    """Killed among the data layers of the first month, started again, killed in the training of the second."""
     settings = new_settings()
-    process = streamflow(settings, "up", "--data", data)
-    wait_for(settings, process, relation, month)
-    kill_everything(settings, process)
+    for relation, month in (("usage_agg_30d_snapshots", "2024-01"), ("training_dataset", "2024-02")):
+        process = streamflow(settings, "up", "--data", data)
+        wait_for(settings, process, relation, month)
+        kill_everything(settings, process)
     code, output = finished(streamflow(settings, "up", "--once", "--data", data))
     assert code == 0, output
     assert running_for(settings.home) == []

@@ -1,23 +1,62 @@
-"""The service's fixtures."""
+"""The service's fixtures: ``shared_*`` for tests that only ask and add customers, the others for all that change it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
-import psycopg
 import pytest
-from serving_world import TYPES, Mlflow, Platform, eventually, named, new_database, running, train
+from serving_world import Mlflow, Platform, copied, disconnect, eventually, make_tables, running, train
 
-from streamflow.contract import CONTRACT
 from streamflow.database import Database
 from streamflow.settings import Settings
-from streamflow.warehouse import migrate
+
+QUICK_POLL_S = 0.2
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_polls() -> Iterator[None]:
+    """In this process; the service as its own process keeps its pace."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("serving.production.POLL_S", QUICK_POLL_S)
+        yield
 
 
 @pytest.fixture(scope="session")
 def artifacts() -> tuple[bytes, bytes]:
     return train(1), train(2)
+
+
+@pytest.fixture(scope="session")
+def migrated(new_database: Callable[[], Database], server: Database) -> Database:
+    """A database with all tables, as the migrations and Feast make them, and nothing in them."""
+    database = new_database()
+    make_tables(database)
+    disconnect(database, server)
+    return database
+
+
+@pytest.fixture(scope="session")
+def shared_platform(migrated: Database, server: Database, artifacts: tuple[bytes, bytes]) -> Iterator[Platform]:
+    """A platform with one published customer and version 1 in Production."""
+    mlflow = Mlflow()
+    platform = Platform(copied(migrated, server), mlflow)
+    platform.publish()
+    platform.promote(1, artifacts[0])
+    yield platform
+    mlflow.stop()
+
+
+@pytest.fixture(scope="session")
+def shared_settings(shared_platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return shared_platform.settings(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture(scope="session")
+def shared_api(shared_settings: Settings) -> Iterator[httpx.Client]:
+    with running(shared_settings) as client:
+        eventually(lambda: client.get("/ready").status_code == 200)
+        yield client
 
 
 @pytest.fixture
@@ -27,33 +66,17 @@ def mlflow() -> Iterator[Mlflow]:
     server.stop()
 
 
-@pytest.fixture(scope="session")
-def migrated() -> Iterator[str]:
-    """The name of a database with all tables and nothing in them."""
-    with new_database("template0") as name:
-        migrate(Database(named(name), named(name)))
-        with psycopg.connect(named(name)) as connection:
-            for view in CONTRACT.views:
-                features = ", ".join(f"{column.name} {TYPES[column.kind]}" for column in view.columns)
-                connection.execute(
-                    f'CREATE TABLE online.{view.name} (user_id text COLLATE "C" PRIMARY KEY, '
-                    f"event_timestamp timestamptz NOT NULL, created_timestamp timestamptz, {features})"
-                )
-        yield name
-
-
 @pytest.fixture
-def platform(migrated: str, mlflow: Mlflow) -> Iterator[Platform]:
+def platform(migrated: Database, server: Database, mlflow: Mlflow) -> Platform:
     """A platform with one published customer and nothing promoted."""
-    with new_database(migrated) as name:
-        platform = Platform(named(name), mlflow)
-        platform.publish()
-        yield platform
+    platform = Platform(copied(migrated, server), mlflow)
+    platform.publish()
+    return platform
 
 
 @pytest.fixture
-def settings(platform: Platform, mlflow: Mlflow, tmp_path: Path) -> Settings:
-    return Settings(home=tmp_path, database_url=platform.url, mlflow_uri=mlflow.uri)
+def settings(platform: Platform, tmp_path: Path) -> Settings:
+    return platform.settings(tmp_path)
 
 
 @pytest.fixture

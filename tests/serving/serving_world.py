@@ -1,6 +1,5 @@
 """The service under test, with all that it depends on: PostgreSQL, a small MLflow over HTTP, compiled models."""
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -8,8 +7,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, date, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 from uuid import uuid4
 
 import httpx
@@ -21,16 +21,17 @@ from psycopg import sql
 from psycopg.types.json import Jsonb
 
 from serving.app import create_app
+from streamflow import features
 from streamflow.contract import CONTRACT, USER_ID, Column, Contract
+from streamflow.database import Database
 from streamflow.dataset import TrainingDataset
 from streamflow.months import Month
 from streamflow.scoring import compile_pipeline, sha256
 from streamflow.settings import Settings
 from streamflow.training import fit
+from streamflow.warehouse import migrate
 
 JANUARY = Month.parse("2024-01")
-POSTGRES_URL = os.environ.get("STREAMFLOW_TEST_POSTGRES_URL", "postgresql://root@127.0.0.1:5432/test")
-TYPES = {"category": "text", "boolean": "boolean", "integer": "bigint", "float": "double precision"}
 FEATURES = {
     "months_active": 1,
     "monthly_fee": 29.85,
@@ -50,7 +51,7 @@ FEATURES = {
 KNOWN = "7590-VHVEG"
 
 
-def eventually(check: Callable[[], bool], *, within_s: float = 5.0) -> None:
+def eventually(check: Callable[[], bool], *, within_s: float = 10.0) -> None:
     """Wait until the check holds; fail if it doesn't in time."""
     deadline = time.monotonic() + within_s
     while not check():
@@ -138,12 +139,16 @@ class Mlflow:
 class Platform:
     """What the rest of the platform does to the database: publish features, register, promote."""
 
-    def __init__(self, url: str, mlflow: Mlflow) -> None:
-        self.url = url
+    def __init__(self, database: Database, mlflow: Mlflow) -> None:
+        self.database = database
         self.mlflow = mlflow
 
-    def execute(self, query: Any, *parameters: object) -> None:
-        with psycopg.connect(self.url) as connection:
+    def settings(self, home: Path) -> Settings:
+        """What the service is told: the platform's role, and no other."""
+        return Settings(home=home, database_url=self.database.url, mlflow_uri=self.mlflow.uri)
+
+    def execute(self, query: Any, *parameters: object, owner: bool = False) -> None:
+        with self.database.connect(owner=owner) as connection:
             connection.execute(query, parameters)
 
     def publish(self, user_id: str = KNOWN, *, as_of: date = JANUARY.as_of, views: Any = None, **changes: Any) -> None:
@@ -193,20 +198,48 @@ class Platform:
         self.decide("promote", version)
 
 
-def named(name: str) -> str:
-    return urlsplit(POSTGRES_URL)._replace(path=f"/{name}").geturl()
+def make_tables(database: Database) -> None:
+    """All that is in a database before there are months: the migrations' tables and Feast's."""
+    migrate(database)
+    features.apply(features.feature_store(database))
 
 
-@contextmanager
-def new_database(template: str) -> Iterator[str]:
-    name = f"serving_{uuid4().hex}"
-    with psycopg.connect(POSTGRES_URL, autocommit=True) as server:
-        server.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template)))
-    try:
-        yield name
-    finally:
-        with psycopg.connect(POSTGRES_URL, autocommit=True) as server:
-            server.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+def copied(template: Database, server: Database) -> Database:
+    """A new database on the server with what the template has, and the same rights."""
+    name = f"serving_{uuid4().hex[:12]}"
+    statements = (
+        "CREATE DATABASE {name} TEMPLATE {template}",
+        "REVOKE ALL ON DATABASE {name} FROM PUBLIC",
+        "GRANT CONNECT, CREATE, TEMPORARY ON DATABASE {name} TO {platform}",
+    )
+    names = {"name": name, "template": _part(template.url, "dbname"), "platform": _part(template.url, "user")}
+    with psycopg.connect(server.owner_url, autocommit=True) as connection:
+        for statement in statements:
+            connection.execute(sql.SQL(statement).format(**{key: sql.Identifier(of) for key, of in names.items()}))
+    urls = (urlsplit(url)._replace(path=f"/{quote(name)}").geturl() for url in (template.url, template.owner_url))
+    return Database(*urls)
+
+
+def disconnect(database: Database, server: Database) -> None:
+    """End every connection that the platform's role has to the database."""
+    with psycopg.connect(server.url, autocommit=True) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s AND usename = current_user",
+            (_part(database.url, "dbname"),),
+        )
+
+
+def accept_connections(database: Database, server: Database, *, accept: bool) -> None:
+    """Let the database come back, or go away, for everybody."""
+    name = sql.Identifier(_part(database.url, "dbname"))
+    with psycopg.connect(server.owner_url, autocommit=True) as connection:
+        connection.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS {}").format(name, accept))
+    if not accept:
+        disconnect(database, server)
+
+
+def _part(url: str, name: str) -> str:
+    return str(psycopg.conninfo.conninfo_to_dict(url)[name])
 
 
 @contextmanager

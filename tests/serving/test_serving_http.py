@@ -8,10 +8,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+from uuid import UUID
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from litestar.exceptions import HTTPException
 from litestar.testing import TestClient
@@ -20,6 +21,7 @@ from serving_world import KNOWN, predict, problem, with_a_new_feature
 from serving.app import create_app
 from serving.features import UnknownUser
 from serving.problems import KINDS, kind_of
+from serving.schemas import MAX_BATCH, WHOLE_USER_ID
 from streamflow.contract import CONTRACT, Contract
 from streamflow.errors import ConfigurationError, StreamFlowError
 from streamflow.settings import Settings
@@ -45,23 +47,23 @@ JSON = {"content-type": "application/json"}
         (b'{"user_id": "' + b"a" * 65 + b'"}', "user_id"),
     ],
 )
-def test_a_malformed_body_is_400_and_says_where(api: httpx.Client, body: bytes, says: str) -> None:
-    details = problem(api.post("/predict", content=body, headers=JSON), 400, "malformed-request")
+def test_a_malformed_body_is_400_and_says_where(shared_api: httpx.Client, body: bytes, says: str) -> None:
+    details = problem(shared_api.post("/predict", content=body, headers=JSON), 400, "malformed-request")
     assert says in details["detail"]
-    problem(api.post("/predict/batch", content=body, headers=JSON), 400, "malformed-request")
+    problem(shared_api.post("/predict/batch", content=body, headers=JSON), 400, "malformed-request")
 
 
 @pytest.mark.parametrize("media_type", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
-def test_another_media_type_is_415(api: httpx.Client, media_type: str | None) -> None:
+def test_another_media_type_is_415(shared_api: httpx.Client, media_type: str | None) -> None:
     headers = {"content-type": media_type} if media_type else {}
     content = json.dumps({"user_id": KNOWN}).encode()
-    problem(api.post("/predict", content=content, headers=headers), 415, "unsupported-media-type")
+    problem(shared_api.post("/predict", content=content, headers=headers), 415, "unsupported-media-type")
 
 
-def test_json_with_a_charset_is_json(api: httpx.Client) -> None:
+def test_json_with_a_charset_is_json(shared_api: httpx.Client) -> None:
     content = json.dumps({"user_id": KNOWN}).encode()
     headers = {"content-type": "Application/JSON; charset=utf-8"}
-    assert api.post("/predict", content=content, headers=headers).status_code == 200
+    assert shared_api.post("/predict", content=content, headers=headers).status_code == 200
 
 
 def _chunks() -> Iterator[bytes]:
@@ -69,10 +71,10 @@ def _chunks() -> Iterator[bytes]:
         yield b" " * 1024
 
 
-def test_a_body_too_large_is_413_announced_or_not(api: httpx.Client) -> None:
-    problem(api.post("/predict", content=b" " * 70_000, headers=JSON), 413, "too-large")
-    problem(api.post("/predict", content=_chunks(), headers=JSON), 413, "too-large")
-    problem(api.post("/predict/batch", content=b" " * 140_000, headers=JSON), 413, "too-large")
+def test_a_body_too_large_is_413_announced_or_not(shared_api: httpx.Client) -> None:
+    problem(shared_api.post("/predict", content=b" " * 70_000, headers=JSON), 413, "too-large")
+    problem(shared_api.post("/predict", content=_chunks(), headers=JSON), 413, "too-large")
+    problem(shared_api.post("/predict/batch", content=b" " * 140_000, headers=JSON), 413, "too-large")
 
 
 @pytest.mark.parametrize(
@@ -86,15 +88,38 @@ def test_a_body_too_large_is_413_announced_or_not(api: httpx.Client) -> None:
         ("GET", "/schema/nowhere", 404, "not-found"),
     ],
 )
-def test_errors_of_routing_are_problems_too(api: httpx.Client, method: str, path: str, status: int, name: str) -> None:
-    answer = api.request(method, path)
+def test_errors_of_routing_are_problems_too(
+    shared_api: httpx.Client, method: str, path: str, status: int, name: str
+) -> None:
+    answer = shared_api.request(method, path)
     problem(answer, status, name)
     assert ("allow" in answer.headers) == (status == 405)
 
 
-def test_every_answer_has_its_own_request_id(api: httpx.Client) -> None:
-    answers = [api.get("/health"), api.get("/health"), api.get("/nowhere"), predict(api), api.get("/schema")]
+def test_every_answer_has_its_own_request_id(shared_api: httpx.Client) -> None:
+    answers = [
+        shared_api.get("/health"),
+        shared_api.get("/health"),
+        shared_api.get("/nowhere"),
+        predict(shared_api),
+        shared_api.get("/schema"),
+    ]
     assert len({answer.headers["x-request-id"] for answer in answers}) == len(answers)
+
+
+@pytest.mark.parametrize(
+    ("given", "echoed"),
+    [("a", "a"), ("A-z.0_9" * 9, "A-z.0_9" * 9), ("a" * 65, None), ("", None), ("a b", None), ("a:b", None)],
+)
+def test_a_well_formed_request_id_of_the_caller_comes_back_beside_ours(
+    shared_api: httpx.Client, given: str, echoed: str | None
+) -> None:
+    for path, status in (("/health", 200), ("/nowhere", 404)):
+        answer = shared_api.get(path, headers={"X-Request-ID": given})
+        assert answer.status_code == status
+        assert answer.headers.get("x-caller-request-id") == echoed
+        assert UUID(answer.headers["x-request-id"]).version == 4
+    assert "x-caller-request-id" not in shared_api.get("/health").headers
 
 
 ids = st.one_of(
@@ -106,7 +131,7 @@ ids = st.one_of(
 anything = st.one_of(
     ids, st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.lists(ids, max_size=2)
 )
-fuzz = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzz = settings(max_examples=60, deadline=None)
 
 
 def _is_no_fault_of_ours(answer: httpx.Response) -> None:
@@ -117,28 +142,26 @@ def _is_no_fault_of_ours(answer: httpx.Response) -> None:
 
 @fuzz
 @given(user_id=anything)
-def test_no_id_makes_predict_fail(api: httpx.Client, user_id: Any) -> None:
-    _is_no_fault_of_ours(predict(api, user_id))
-    _is_no_fault_of_ours(api.post("/predict/batch", json={"user_ids": [KNOWN, user_id]}))
+def test_no_id_makes_predict_fail(shared_api: httpx.Client, user_id: Any) -> None:
+    _is_no_fault_of_ours(predict(shared_api, user_id))
+    _is_no_fault_of_ours(shared_api.post("/predict/batch", json={"user_ids": [KNOWN, user_id]}))
 
 
 @fuzz
 @given(user_id=ids)
-def test_no_id_makes_features_fail(api: httpx.Client, user_id: str) -> None:
-    answer = api.get(f"/features/{quote(user_id, safe='')}")
-    _is_no_fault_of_ours(answer)
-    assert answer.status_code in (400, 404)
+def test_no_id_makes_features_fail(shared_api: httpx.Client, user_id: str) -> None:
+    _is_no_fault_of_ours(shared_api.get(f"/features/{quote(user_id, safe='')}"))
 
 
 @fuzz
 @given(body=st.binary(max_size=200))
-def test_no_body_makes_predict_fail(api: httpx.Client, body: bytes) -> None:
-    _is_no_fault_of_ours(api.post("/predict", content=body, headers=JSON))
+def test_no_body_makes_predict_fail(shared_api: httpx.Client, body: bytes) -> None:
+    _is_no_fault_of_ours(shared_api.post("/predict", content=body, headers=JSON))
 
 
-def test_a_defect_is_500_without_its_secrets(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_is_500_without_its_secrets(shared_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.predictor.Predictor.predict", lambda *_: 1 / 0)
-    with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+    with TestClient(create_app(shared_settings), raise_server_exceptions=False) as client:
         answer = client.post("/predict", json={"user_id": KNOWN})
     details = problem(answer, 500, "internal-error")
     assert "division" not in answer.text
@@ -164,9 +187,9 @@ def _openapi(settings: Settings, contract: Contract) -> dict[str, Any]:
         return description
 
 
-def test_the_description_lists_the_contracts_features(settings: Settings) -> None:
+def test_the_description_lists_the_contracts_features(shared_settings: Settings) -> None:
     for contract in (CONTRACT, with_a_new_feature()):
-        schemas = _openapi(settings, contract)["components"]["schemas"]
+        schemas = _openapi(shared_settings, contract)["components"]["schemas"]
         for described in (
             schemas["Prediction"]["properties"]["features_used"],
             schemas["FeaturesOfUser"]["properties"]["features"],
@@ -182,18 +205,30 @@ def test_the_description_lists_the_contracts_features(settings: Settings) -> Non
     assert described["properties"]["monthly_fee"]["type"] == "number"
 
 
-def test_the_description_of_several_feature_services_offers_each(settings: Settings) -> None:
+def test_the_description_of_several_feature_services_offers_each(shared_settings: Settings) -> None:
     contract = replace(
         CONTRACT,
         service_views={**CONTRACT.service_views, "payments": ("payments_agg_90d_fv",)},
         service_descriptions={**CONTRACT.service_descriptions, "payments": "Payments only."},
     )
-    described = _openapi(settings, contract)["components"]["schemas"]["Prediction"]["properties"]["features_used"]
+    described = _openapi(shared_settings, contract)["components"]["schemas"]["Prediction"]["properties"][
+        "features_used"
+    ]
     assert [choice["title"] for choice in described["anyOf"]] == ["churn_v1", "payments"]
 
 
-def test_the_description_names_every_problem_of_predict(settings: Settings) -> None:
-    responses = _openapi(settings, CONTRACT)["paths"]["/predict"]["post"]["responses"]
+def test_the_description_says_what_a_body_may_be(shared_settings: Settings) -> None:
+    schemas = _openapi(shared_settings, CONTRACT)["components"]["schemas"]
+    for name in ("PredictRequest", "BatchRequest"):
+        assert schemas[name]["additionalProperties"] is False
+    assert "additionalProperties" not in schemas["Prediction"]
+    ids = schemas["BatchRequest"]["properties"]["user_ids"]
+    assert (ids["maxItems"], ids["items"]["pattern"]) == (MAX_BATCH, WHOLE_USER_ID)
+    assert schemas["PredictRequest"]["properties"]["user_id"]["pattern"] == WHOLE_USER_ID
+
+
+def test_the_description_names_every_problem_of_predict(shared_settings: Settings) -> None:
+    responses = _openapi(shared_settings, CONTRACT)["paths"]["/predict"]["post"]["responses"]
     assert set(responses) == {"200", "400", "404", "413", "415", "422", "503"}
     assert all("application/problem+json" in responses[status]["content"] for status in responses if status != "200")
 
@@ -208,8 +243,8 @@ class _Links(HTMLParser):
         self.external += [str(value) for name, value in attributes if name in ("href", "src") and "//" in str(value)]
 
 
-def test_the_page_needs_no_internet(settings: Settings) -> None:
-    with TestClient(create_app(settings)) as client:
+def test_the_page_needs_no_internet(shared_settings: Settings) -> None:
+    with TestClient(create_app(shared_settings)) as client:
         page = client.get("/schema")
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     links = _Links()

@@ -24,7 +24,7 @@ from streamflow.settings import Settings
 import serving.__main__
 
 with TestClient(create_app(Settings.load())) as client:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while client.get("/ready").status_code != 200 and time.monotonic() < deadline:
         time.sleep(0.05)
     status = client.post("/predict", json={"user_id": sys.argv[1]}).status_code
@@ -74,21 +74,24 @@ def _answers(client: httpx.Client, path: str) -> bool:
         return False
 
 
-def test_the_process_serves_and_stops_cleanly(process: subprocess.Popen[bytes], port: int) -> None:
+def test_the_process_serves_picks_up_a_promotion_and_stops_cleanly(
+    process: subprocess.Popen[bytes], port: int, platform: Platform, artifacts: tuple[bytes, bytes]
+) -> None:
     with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
-        eventually(lambda: _answers(client, "/ready"), within_s=15)
-        assert client.post("/predict", json={"user_id": KNOWN}).status_code == 200
+        eventually(lambda: _answers(client, "/ready"), within_s=30)
+        assert client.post("/predict", json={"user_id": KNOWN}).json()["model_version"] == 1
+        platform.promote(2, artifacts[1])
+        eventually(lambda: client.get("/model").json()["version"] == 2, within_s=5)
     process.send_signal(signal.SIGTERM)
     _, log = process.communicate(timeout=15)
     assert process.returncode in (0, -signal.SIGTERM)
     events = [json.loads(line) for line in log.decode().splitlines()]
-    served = next(event for event in events if event["event"] == "model_served")
-    assert served["version"] == 1
+    assert [event["version"] for event in events if event["event"] == "model_served"] == [1, 2]
     assert not [event for event in events if event["level"] in ("warning", "error")]
 
 
-def test_wrong_settings_are_one_line(settings: Settings) -> None:
-    environment = _environment(settings)
+def test_wrong_settings_are_one_line(shared_settings: Settings) -> None:
+    environment = _environment(shared_settings)
     for changes, says in (
         ({"STREAMFLOW_DATABASE_URL": ""}, "STREAMFLOW_DATABASE_URL"),
         ({"STREAMFLOW_API_PORT": "x"}, "STREAMFLOW_API_PORT"),

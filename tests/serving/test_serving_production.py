@@ -8,8 +8,10 @@ import httpx
 import pytest
 from serving_world import Mlflow, Platform, eventually, predict, problem, train, with_a_new_feature
 
+import serving.production
 from serving.artifacts import NOT_CONFIGURED
 from serving.production import REFUSED_RETRY_S
+from streamflow.embedded import PLATFORM_ROLE
 from streamflow.scoring import sha256
 from streamflow.settings import Settings
 
@@ -49,7 +51,7 @@ def test_a_registered_or_refused_version_is_not_served(
 ) -> None:
     platform.register(2, artifacts[1])
     platform.decide("refuse", 2)
-    time.sleep(2.5)
+    time.sleep(5 * serving.production.POLL_S)
     assert _served_version(api) == 1
 
 
@@ -156,27 +158,57 @@ def test_a_refused_artifact_is_tried_again_later(
     eventually(lambda: _served_version(api) == 2)
 
 
+def _logged(caplog: pytest.LogCaptureFixture, event: str) -> list[str]:
+    return [record.fields["reason"] for record in caplog.records if record.getMessage() == event]  # type: ignore[attr-defined]
+
+
 def test_online_tables_that_lose_a_feature_are_unavailable(
-    api: httpx.Client, platform: Platform, artifacts: Artifacts
+    api: httpx.Client, platform: Platform, caplog: pytest.LogCaptureFixture
 ) -> None:
     platform.execute("ALTER TABLE online.payments_agg_90d_fv RENAME COLUMN failed_payments_90d TO elsewhere")
     eventually(lambda: api.get("/ready").status_code == 503)
-    assert "failed_payments_90d" in _checks(api.get("/ready"))["feature_store"][1]
-    problem(predict(api), 503, "feature-store-unavailable")
+    says = "PostgreSQL refuses a query (UndefinedColumn); the log says why"
+    assert _checks(api.get("/ready"))["feature_store"] == ("unavailable", says)
+    assert problem(predict(api), 503, "feature-store-unavailable")["detail"] == says
+    for event in ("readiness_changed", "request_unanswered"):
+        assert any("failed_payments_90d does not exist" in reason for reason in _logged(caplog, event))
     platform.execute("ALTER TABLE online.payments_agg_90d_fv RENAME COLUMN elsewhere TO failed_payments_90d")
     eventually(lambda: predict(api).status_code == 200)
 
 
+def test_a_role_that_may_not_read_the_ledger_serves_on_but_is_not_ready(api: httpx.Client, platform: Platform) -> None:
+    platform.execute(f"REVOKE SELECT ON streamflow.promotion_ledger FROM {PLATFORM_ROLE}", owner=True)
+    eventually(lambda: api.get("/ready").status_code == 503)
+    assert "InsufficientPrivilege" in _checks(api.get("/ready"))["feature_store"][1]
+    assert predict(api).status_code == 200
+    platform.execute(f"GRANT SELECT ON streamflow.promotion_ledger TO {PLATFORM_ROLE}", owner=True)
+    eventually(lambda: api.get("/ready").status_code == 200)
+
+
 def test_a_version_whose_features_are_not_online_is_refused_until_they_are(
-    api: httpx.Client, platform: Platform
+    api: httpx.Client, platform: Platform, caplog: pytest.LogCaptureFixture
 ) -> None:
     platform.promote(2, train(3, with_a_new_feature()))
-    eventually(lambda: "coupons_used" in api.get("/ready").text)
+    eventually(lambda: "UndefinedColumn" in api.get("/ready").text)
     assert (api.get("/ready").status_code, _served_version(api)) == (200, 1)
+    assert any("coupons_used does not exist" in reason for reason in _logged(caplog, "model_refused"))
     assert predict(api).status_code == 200
     platform.execute("ALTER TABLE online.payments_agg_90d_fv ADD coupons_used bigint DEFAULT 7")
     eventually(lambda: _served_version(api) == 2)
     assert predict(api).json()["features_used"]["coupons_used"] == 7
+
+
+def test_a_registry_that_is_away_is_named_without_its_address(
+    platform: Platform, settings: Settings, artifacts: Artifacts, serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    platform.promote(1, artifacts[0])
+    platform.mlflow.stop()
+    api = serve(settings)
+    says = "MLflow does not answer; the log says why"
+    eventually(lambda: says in problem(predict(api), 503, "no-model")["detail"])
+    eventually(lambda: _checks(api.get("/ready"))["registry"] == ("degraded", says))
+    for event in ("readiness_changed", "model_refused"):
+        assert any(f"{says}: " in reason for reason in _logged(caplog, event))
 
 
 def test_with_the_registry_down_the_service_starts_from_its_cache_and_says_degraded(
