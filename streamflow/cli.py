@@ -25,6 +25,7 @@ from streamflow.months import FIRST_MONTH, Month
 from streamflow.settings import Settings
 
 if TYPE_CHECKING:
+    from streamflow.landing import Landed
     from streamflow.pipeline import Platform
 
 app = typer.Typer(
@@ -157,35 +158,45 @@ def land(
     first_month: Annotated[str | None, typer.Option(help="Of a folder of folders: the month of the first.")] = None,
     json_: AsJson = False,
 ) -> None:
-    """Validate a month's CSV files and take them into the landing zone."""
-    from streamflow.landing import LandingZone, folders_in
+    """Validate a month's CSV files and take them into the landing zone; a refused month does not stop the others."""
+    from streamflow.landing import LandingRefused, LandingZone, folders_in
 
     if month and first_month:
         raise typer.BadParameter("give --month for one folder or --first-month for a folder of folders, not both")
     folders = [(path, _month(month))] if month else folders_in(path, _month(first_month or FIRST_MONTH))
     zone = LandingZone(Settings.load().home)
-    landed = [zone.land(folder, of, now()) for folder, of in folders]
+    landed, refused = [], []
+    for folder, of in folders:
+        try:
+            landed.append(zone.land(folder, of, now()))
+        except LandingRefused as refusal:
+            refused.append(refusal)
     if json_:
-        as_json(
-            [
-                {
-                    "month": str(one.month),
-                    "changed": {name: _facts(revision) for name, revision in one.changed.items()},
-                    "unchanged": list(one.unchanged),
-                    "warnings": [str(warning) for warning in one.manifest.warnings],
-                }
-                for one in landed
-            ]
-        )
-        return
-    for one in landed:
-        if one.changed:
-            news = ", ".join(f"{name} (revision {revision.revision})" for name, revision in one.changed.items())
-            out.print(f"{one.month} landed: {news}")
-        else:
-            out.print(f"{one.month} had landed already; nothing changed")
-        for warning in one.manifest.warnings:
-            err.print(f"  warning: {warning}", markup=False)
+        as_json([_landed_facts(one) for one in landed])
+    else:
+        for one in landed:
+            _print_landed(one)
+    if refused:
+        raise StreamFlowError("\n".join(map(str, refused)))
+
+
+def _landed_facts(landed: "Landed") -> dict[str, Any]:
+    return {
+        "month": str(landed.month),
+        "changed": {name: _facts(revision) for name, revision in landed.changed.items()},
+        "unchanged": list(landed.unchanged),
+        "warnings": [str(warning) for warning in landed.manifest.warnings],
+    }
+
+
+def _print_landed(landed: "Landed") -> None:
+    if landed.changed:
+        news = ", ".join(f"{name} (revision {revision.revision})" for name, revision in landed.changed.items())
+        out.print(f"{landed.month} landed: {news}")
+    else:
+        out.print(f"{landed.month} had landed already; nothing changed")
+    for warning in landed.manifest.warnings:
+        err.print(f"  warning: {warning}", markup=False)
 
 
 def _facts(struct: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from streamflow import embedded, stack
 from streamflow.contract import USER_ID
 from streamflow.database import Database
 from streamflow.errors import StreamFlowError
-from streamflow.landing import folders_in
+from streamflow.landing import LandingRefused, folders_in
 from streamflow.months import Month
 from streamflow.pipeline import Platform
 from streamflow.settings import PREFIX, Settings
@@ -27,6 +27,7 @@ from streamflow.status import month_statuses
 SAMPLE_MONTHS = 2
 SAMPLE_USERS = 7_000
 READY_TIMEOUT_S = 120
+TRIED_USERS = 5
 POLL_S = 0.2
 
 
@@ -34,7 +35,8 @@ def bring_up(settings: Settings, *, data: Path | None, first_month: Month, once:
     """Start everything, land and materialize what is new, say where things are; returns the exit code.
 
     Without ``once`` it stays until Ctrl-C or SIGTERM. Raises StreamFlowError, with nothing left running, when a port is
-    taken, the data cannot be landed, a month fails, or a service dies.
+    taken, there is no data to land, or a service dies. A month that is refused or fails does not stop the others; with
+    ``once`` the exit code is 1 then.
     """
     started = time.monotonic()
     if data is not None:
@@ -86,23 +88,31 @@ class _Job:
         return Platform(self.settings, self.database)
 
     def run(self) -> int:
-        self._land()
+        refused = self._land()
         failed = self._materialize()
-        if failed and self.once:
-            return failed
+        if (refused or failed) and self.once:
+            return 1
         self._summarize(self._checked_prediction())
         return 0
 
-    def _land(self) -> None:
+    def _land(self) -> int:
+        """Land what there is; returns how many months were refused."""
         zone = self.platform.landing
         folder = self.data
         if folder is None and not zone.months():
             folder = self.settings.home / "simulated"
             months = list(self.first_month.until(self.first_month.shift(SAMPLE_MONTHS - 1)))
             simulate(folder, months, users=SAMPLE_USERS)
+        refused = 0
         for path, month in folders_in(folder, self.first_month) if folder else ():
-            landed = zone.land(path, month, datetime.now(UTC))
-            self.console.print(f"{month} {'landed' if landed.changed else 'had landed already'}")
+            try:
+                landed = zone.land(path, month, datetime.now(UTC))
+            except LandingRefused as refusal:
+                refused += 1
+                self.console.print(str(refusal), markup=False)
+            else:
+                self.console.print(f"{month} {'landed' if landed.changed else 'had landed already'}")
+        return refused
 
     def _materialize(self) -> int:
         pending = [month.month for month in month_statuses(self.platform) if month.is_pending]
@@ -116,9 +126,7 @@ class _Job:
             embedded.wait_until_ready(f"{api}/health", "the API", READY_TIMEOUT_S)
             return "Nothing is in Production yet: see `streamflow models`, then `streamflow promote`."
         embedded.wait_until_ready(f"{api}/ready", "the API", READY_TIMEOUT_S)
-        newest = self.platform.landing.months()[-1]
-        user_id = self.platform.landing.read(newest, self.platform.contract.tables[0].name)[USER_ID][0].as_py()
-        answer = httpx.post(f"{api}/predict", json={USER_ID: user_id}, timeout=10, trust_env=False)
+        user_id, answer = self._first_answer(api)
         if answer.is_error:
             raise StreamFlowError(f"the API refuses to predict {user_id}: {answer.text}")
         said = answer.json()
@@ -127,6 +135,16 @@ class _Job:
             f"features as of {said['features_as_of']}. Try it:\n\n"
             f"  curl -s {api}/predict -H 'Content-Type: application/json' -d '{{\"{USER_ID}\": \"{user_id}\"}}'"
         )
+
+    def _first_answer(self, api: str) -> tuple[str, httpx.Response]:
+        """The first of some customers of the newest months that the API answers, or its last refusal."""
+        zone, users = self.platform.landing, self.platform.contract.tables[0].name
+        for month in reversed(zone.months()):
+            for user_id in zone.read(month, users)[USER_ID][:TRIED_USERS].to_pylist():
+                answer = httpx.post(f"{api}/predict", json={USER_ID: user_id}, timeout=10, trust_env=False)
+                if answer.is_success:
+                    return user_id, answer
+        return user_id, answer
 
     def _summarize(self, prediction: str) -> None:
         addresses = stack.Addresses.of(self.settings)

@@ -22,6 +22,8 @@ from streamflow import cli
 from streamflow.contract import CONTRACT
 from streamflow.database import Database
 from streamflow.embedded import wait_until_ready
+from streamflow.landing import LandingZone
+from streamflow.months import Month
 from streamflow.registry import ARCHIVED, PRODUCTION, STAGING, Registry
 from streamflow.settings import Settings
 from streamflow.warehouse import migrate
@@ -150,6 +152,20 @@ def test_land_says_what_is_new(world: World) -> None:
 def test_landing_the_same_again_changes_nothing(world: World, streamflow: Streamflow) -> None:
     again = streamflow("land", world.months / "2024-01", "--month", "2024-01")
     assert (again.code, again.out) == (0, "2024-01 had landed already; nothing changed\n")
+
+
+def test_a_refused_month_does_not_stop_the_others(
+    world: World, streamflow: Streamflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STREAMFLOW_HOME", str(tmp_path / "home"))
+    shutil.copytree(world.months, tmp_path / "months")
+    (tmp_path / "months" / "2024-02" / "labels.csv").write_text("user_id,churn_label\n")
+
+    done = streamflow("land", tmp_path / "months")
+    assert done.code == 1
+    assert [line.partition(":")[0] for line in done.out.splitlines()] == ["2024-01 landed", "2024-03 landed"]
+    assert "labels.csv" in done.err
+    assert LandingZone(tmp_path / "home").months() == [Month(2024, 1), Month(2024, 3)]
 
 
 def test_land_prints_json(
