@@ -27,6 +27,7 @@ from streamflow.settings import Settings
 if TYPE_CHECKING:
     from streamflow.landing import Landed
     from streamflow.pipeline import Platform
+    from streamflow_dagster.runner import MonthRun
 
 app = typer.Typer(
     help="StreamFlow: a month of CSVs in, a traced churn prediction out.",
@@ -223,6 +224,7 @@ def migrate() -> None:
 @app.command("run")
 def run_(
     months: Annotated[list[str], typer.Argument(help="YYYY-MM or YYYY-MM..YYYY-MM, one or several.")],
+    json_: AsJson = False,
 ) -> None:
     """Materialize months through the whole graph, a run for each; a bad month does not stop the others."""
     from streamflow.contract import CONTRACT
@@ -231,8 +233,10 @@ def run_(
     with prepared() as platform:
         landed = {month: platform.landing.manifest(month) for month in wanted}
         labelled = {month: CONTRACT.label_table.name in manifest.tables for month, manifest in landed.items()}
-        failed = _materialize(labelled)
-    if failed:
+        runs = _materialize(labelled, progress_on=err if json_ else out)
+    if json_:
+        as_json([{**vars(run), "month": str(run.month)} for run in runs])
+    if failed := sum(not run.succeeded for run in runs):
         raise StreamFlowError(f"{failed} of {len(wanted)} months failed; the others are done")
 
 
@@ -246,11 +250,11 @@ def _dagster_runner() -> Any:
     return runner
 
 
-def _materialize(labelled: dict[Month, bool]) -> int:
+def _materialize(labelled: dict[Month, bool], *, progress_on: Console) -> list["MonthRun"]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     runner = _dagster_runner()
-    failed = 0
+    runs = []
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -258,21 +262,20 @@ def _materialize(labelled: dict[Month, bool]) -> int:
         TimeElapsedColumn(),
         TextColumn("{task.fields[asset]}"),
     )
-    with Progress(*columns, console=out) as progress, runner.instance() as instance:
+    with Progress(*columns, console=progress_on) as progress, runner.instance() as instance:
         for month, has_labels in labelled.items():
             task = progress.add_task(str(month), total=runner.assets_of(labelled=has_labels), asset="")
-            done = runner.run_month(
+            run = runner.run_month(
                 instance,
                 month,
                 labelled=has_labels,
                 progress=lambda asset, task=task: progress.update(task, advance=1, asset=asset),
             )
-            outcome = f"{done.seconds:.1f} s" if done.succeeded else "failed"
-            progress.update(task, asset=outcome)
-            failed += not done.succeeded
-            for asset, reason in done.failures.items():
+            progress.update(task, asset=f"{run.seconds:.1f} s" if run.succeeded else "failed")
+            for asset, reason in run.failures.items():
                 err.print(f"{month} {asset}: {reason}", markup=False)
-    return failed
+            runs.append(run)
+    return runs
 
 
 # --- models -------------------------------------------------------------------------------------------------------
@@ -373,7 +376,7 @@ def rebuild(
 
 
 @app.command()
-def predict(user_id: str) -> None:
+def predict(user_id: str, json_: AsJson = False) -> None:
     """Ask the running service for one customer's prediction."""
     import httpx
 
@@ -384,9 +387,26 @@ def predict(user_id: str) -> None:
         raise StreamFlowError(f"no service answers at {address} ({failure}); start `streamflow up`") from failure
     if "json" not in response.headers.get("content-type", ""):
         raise StreamFlowError(f"what answers at {address} is not StreamFlow; set STREAMFLOW_API_PORT")
-    as_json(response.json())
+    answer = response.json()
+    if json_:
+        as_json(answer)
     if response.is_error:
-        raise StreamFlowError(f"{response.json().get('title', 'refused')} ({response.status_code})")
+        raise StreamFlowError(f"{answer.get('detail') or answer.get('title', 'refused')} ({response.status_code})")
+    if not json_:
+        _print_prediction(answer)
+
+
+def _print_prediction(answer: dict[str, Any]) -> None:
+    decision = "churns" if answer["prediction"] else "stays"
+    out.print(
+        f"{answer['user_id']} {decision}: probability {answer['probability']:.4f}, "
+        f"threshold {answer['threshold']:g}, by version {answer['model_version']}, "
+        f"features as of {answer['features_as_of']}, request {answer['request_id']}"
+    )
+    table = Table("feature", "value", box=None, header_style="bold")
+    for name, value in answer["features_used"].items():
+        table.add_row(name, str(value))
+    out.print(table)
 
 
 def _api(settings: Settings) -> str:

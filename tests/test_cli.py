@@ -88,7 +88,7 @@ def world(database: Database, tmp_path_factory: pytest.TempPathFactory) -> World
     migrated = in_a_process(environment, "migrate")
     lost = archived(folder / "home", "2024-02", "usage_agg_30d")
     shutil.move(lost, folder / "kept")
-    ran = in_a_process(environment, "run", "2024-01..2024-03", "2024-01")
+    ran = in_a_process(environment, "run", "2024-01..2024-03", "2024-01", "--json")
     shutil.move(folder / "kept", lost)
     return World(environment, months, simulated, landed, migrated, ran)
 
@@ -251,6 +251,13 @@ def test_a_bad_month_does_not_stop_the_others(world: World, streamflow: Streamfl
     assert first.startswith("2024-02 usage_agg_30d: ")
     assert str(archived(world.home, "2024-02", "usage_agg_30d").name) in first
     assert last == "1 of 3 months failed; the others are done"
+    runs = json.loads(world.ran.out)
+    assert [(run["month"], sorted(run["failures"])) for run in runs] == [
+        ("2024-01", []),
+        ("2024-02", ["usage_agg_30d"]),
+        ("2024-03", []),
+    ]
+    assert all(run["seconds"] > 0 for run in runs)
 
     months = json.loads(streamflow("status", "--json").out)["months"]
     assert {month["month"]: month["state"] for month in months} == {
@@ -414,19 +421,39 @@ def answering(code: int, content_type: str, body: str) -> Iterator[int]:
         thread.join()
 
 
+ANSWER = {
+    "request_id": "r1",
+    "user_id": "a1",
+    "prediction": 1,
+    "probability": 0.75,
+    "threshold": 0.5,
+    "model_version": 3,
+    "features_as_of": "2024-01-31",
+    "features_used": {"monthly_fee": 29.85, "net_service": "DSL"},
+}
+
+
 def test_predict_prints_the_services_answer(here: Streamflow, monkeypatch: pytest.MonkeyPatch) -> None:
-    with answering(200, "application/json", '{"user_id": "a1", "probability": 0.25}') as port:
+    with answering(200, "application/json", json.dumps(ANSWER)) as port:
         monkeypatch.setenv("STREAMFLOW_API_PORT", str(port))
-        done = here("predict", "a1")
-    assert (done.code, json.loads(done.out), done.err) == (0, {"user_id": "a1", "probability": 0.25}, "")
+        done, as_json = here("predict", "a1"), here("predict", "a1", "--json")
+    assert (as_json.code, json.loads(as_json.out), as_json.err) == (0, ANSWER, "")
+    first, _, fee, net = done.out.splitlines()
+    assert first == (
+        "a1 churns: probability 0.7500, threshold 0.5, by version 3, features as of 2024-01-31, request r1"
+    )
+    assert (fee.split(), net.split()) == (["monthly_fee", "29.85"], ["net_service", "DSL"])
 
 
 def test_predict_tells_a_refusal(here: Streamflow, monkeypatch: pytest.MonkeyPatch) -> None:
-    with answering(404, "application/problem+json", '{"title": "Unknown user", "missing_features": []}') as port:
+    problem = {"title": "Unknown user", "detail": "there is no user nobody", "missing_features": []}
+    with answering(404, "application/problem+json", json.dumps(problem)) as port:
         monkeypatch.setenv("STREAMFLOW_API_PORT", str(port))
-        done = here("predict", "nobody")
-    assert_refused(done, "Unknown user (404)")
-    assert json.loads(done.out)["title"] == "Unknown user"
+        done, as_json = here("predict", "nobody"), here("predict", "nobody", "--json")
+    assert_refused(done, "there is no user nobody (404)")
+    assert done.out == ""
+    assert_refused(as_json, "there is no user nobody (404)")
+    assert json.loads(as_json.out) == problem
 
 
 def test_predict_knows_a_stranger(here: Streamflow, monkeypatch: pytest.MonkeyPatch) -> None:
