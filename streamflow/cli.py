@@ -206,7 +206,10 @@ def _facts(struct: Any) -> dict[str, Any]:
 
 @app.command()
 def migrate() -> None:
-    """Bring the databases of the platform, Feast and Dagster to this version, and MLflow's stages up to the ledger."""
+    """Bring the databases of the platform and its tools to this version, and MLflow's stages in line with the ledger.
+
+    An MLflow server of your own (STREAMFLOW_MLFLOW_URI) looks after its database itself.
+    """
     from streamflow import pipeline
 
     with connected() as platform:
@@ -214,6 +217,8 @@ def migrate() -> None:
             out.print(change)
         with _dagster_runner().instance():
             pass
+        if platform.settings.mlflow_uri is None:
+            platform.registry.prepare()  # before its server and a run would make the tables at the same time
         if platform.ledger.production() is not None:
             try:
                 platform.ledger.follow()

@@ -105,6 +105,10 @@ class Registry:
                 raise UnknownVersion(f"MLflow has no such entry: {failure.message}") from failure
             raise RegistryUnavailable(f"MLflow refused: {failure.message}") from failure
 
+    def prepare(self) -> None:
+        """Make MLflow's tables and the experiment where they are not there yet."""
+        _ = self.experiment_id
+
     @functools.cached_property
     def experiment_id(self) -> str:
         """The experiment's id; it is made when it isn't there."""

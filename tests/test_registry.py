@@ -244,3 +244,15 @@ def test_mlflow_away_is_said_at_once(
     away = Registry(Settings(mlflow_uri="http://127.0.0.1:9"), database)
     with pytest.raises(RegistryUnavailable, match=r"MLflow does not answer: .*refused"):
         call(away, pipeline, features)
+
+
+def test_prepare_makes_the_tables_and_the_experiment_once(new_database: Callable[[], Database], tmp_path: Path) -> None:
+    database = new_database()
+    warehouse.migrate(database)
+    settings = Settings(home=tmp_path, database_url=database.url)
+    Registry(settings, database).prepare()
+    with database.connect() as connection:
+        found = connection.execute("SELECT name FROM mlflow.experiments ORDER BY experiment_id").fetchall()
+    assert found == [("Default",), ("streamflow",)]
+    Registry(settings, database).prepare()
+    assert Registry(settings, database).versions() == {}
