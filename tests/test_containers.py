@@ -50,8 +50,8 @@ PASSWORDS = {
 LOOPBACK = "127.0.0.1"
 EVERYWHERE = "0.0.0.0"  # noqa: S104
 PATIENCE_S = 90
-STOP_S = 20
-STRAGGLE_S = 2
+STOP_S = 60
+STRAGGLE_S = 10
 USERS = 1_500
 SUPERUSER = "postgres"
 POSTGRES_PORT = "5432"
@@ -475,7 +475,7 @@ class TestServices:
             assert done.returncode == 0, done.stdout + done.stderr
         embedded.wait_until_ready(containers.url(PORTS["STREAMFLOW_API_PORT"], "/ready"), "the API", PATIENCE_S)
         user_id = (month / "users.csv").read_text().splitlines()[1].split(",")[0]
-        done = containers.run("api", ["streamflow", "predict", user_id])
+        done = containers.run("api", ["streamflow", "predict", user_id, "--json"])
         assert done.returncode == 0, done.stderr
         prediction = json.loads(done.stdout)
         assert prediction["user_id"] == user_id
