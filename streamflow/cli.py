@@ -518,6 +518,8 @@ def _replace_by(name: str) -> None:
 
     with connected() as platform:
         command = stack.command(name, platform.settings, platform.database)
+        # A shell ignores it for what runs in the background, and Dagster's code server stops its child by it.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         with subprocess.Popen(command.argv, env={**os.environ, **command.environment}) as process:
             signal.signal(signal.SIGTERM, lambda *_: process.terminate())
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the service by itself

@@ -253,12 +253,22 @@ class _Server:
             return []
 
     def _launch(self) -> None:
-        (self.data / "postmaster.pid").unlink(missing_ok=True)  # stale: its number may be another process's by now
+        self._forget_stranger()
         with socket.create_server((LOOPBACK, 0)) as probe:
             port = probe.getsockname()[1]
         start = ["pg_ctl", "start", "--silent", "--wait", f"--timeout={_START_TIMEOUT_S}", f"--pgdata={self.data}"]
         with self.log.open("ab") as log:
             self._run(self.data, [*start, f"--options=-p {port}"], stdout=log)
+
+    def _forget_stranger(self) -> None:
+        """Remove a postmaster.pid whose number is another program's by now, for which PostgreSQL would not start.
+
+        One whose number is nobody's stays: by it PostgreSQL makes sure that no process of a killed server is left.
+        """
+        file = self.data / "postmaster.pid"
+        with suppress(FileNotFoundError, ValueError, IndexError):
+            if psutil.pid_exists(int(file.read_text().splitlines()[0])):
+                file.unlink()
 
     def _stop(self) -> None:
         if not self._running():

@@ -310,6 +310,7 @@ class Containers:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_as_in_the_background if name in stack.SERVICES else None,
             )
 
     def _wait(self, name: str) -> None:
@@ -381,6 +382,11 @@ class Containers:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         return left
+
+
+def _as_in_the_background() -> None:
+    """Ignore SIGINT, as a shell without job control makes its background commands do."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @pytest.fixture(scope="module")
