@@ -521,10 +521,10 @@ class TestGroup:
         eventually(lambda: two.exists() and "deaf" in two.read_text())
         with pytest.raises(ConfigurationError, match=rf"already runs on {tmp_path} \(process {supervisor.pid}\)"):
             stop_leftovers(tmp_path)
-        assert len([p for p in running(tmp_path) if p.cmdline()[2] in (SLEEP, DEAF)]) == 3
+        assert len([p for p in running(tmp_path) if p.info["cmdline"][2] in (SLEEP, DEAF)]) == 3
         supervisor.kill()
         supervisor.communicate()
-        eventually(lambda: {p.cmdline()[2] for p in running(tmp_path)} == {DEAF})
+        eventually(lambda: {p.info["cmdline"][2] for p in running(tmp_path)} == {DEAF})
         assert stop_leftovers(tmp_path / "other") == []
         assert stop_leftovers(tmp_path) == ["two"]
         assert running(tmp_path) == []
