@@ -4,6 +4,7 @@ The warehouse's DDL, the CSV checks, the Feast fields, the preprocessing columns
 API's features schema derive from here. Nothing here knows of a library; nothing elsewhere lists columns.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date
@@ -26,6 +27,7 @@ class Column:
 
     ``low`` and ``high`` are inclusive bounds in ``unit``. ``empty_means`` is what an empty field stands for;
     without it an empty field is refused unless ``nullable``. ``view`` names the feature view that serves it.
+    ``protected`` is an attribute that fairness is measured by; only a service that says so lets a model see it.
 
     Raises ValueError when the parts contradict each other.
     """
@@ -42,6 +44,7 @@ class Column:
     nullable: bool = False
     empty_means: bool | None = None
     view: str | None = None
+    protected: bool = False
 
     def __post_init__(self) -> None:
         if (self.kind == "category") != bool(self.categories):
@@ -57,6 +60,12 @@ class Column:
     def is_numeric(self) -> bool:
         """Whether a model takes the value as a number: booleans count as 0 and 1."""
         return self.kind in ("boolean", "integer", "float")
+
+    @property
+    def meaning(self) -> str:
+        """Twelve hex digits that change when values of the column mean something else than before."""
+        parts = (self.name, self.kind, self.unit, self.description, self.categories, self.empty_means)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,11 @@ class Table:
         """The columns other than the key."""
         return tuple(column for column in self.columns if column.name != USER_ID)
 
+    @property
+    def meanings(self) -> dict[str, str]:
+        """What the values of each column mean, as `Column.meaning` has it."""
+        return {column.name: column.meaning for column in self.values}
+
 
 @dataclass(frozen=True)
 class FeatureView:
@@ -97,16 +111,34 @@ class FeatureView:
 
 @dataclass(frozen=True)
 class FeatureService:
-    """The features, in order, that a model version is trained on and served with."""
+    """The features, in order, that a model version is trained on and served with.
+
+    ``takes_protected`` tells whether the protected columns of its views are among them.
+    """
 
     name: str
     views: tuple[FeatureView, ...]
     description: str
+    takes_protected: bool = False
+
+    def columns_of(self, view: FeatureView) -> tuple[Column, ...]:
+        """What the service takes from one of its views."""
+        return tuple(column for column in view.columns if self.takes_protected or not column.protected)
 
     @property
     def columns(self) -> tuple[Column, ...]:
         """The features in the order that the model takes them."""
-        return tuple(column for view in self.views for column in view.columns)
+        return tuple(column for view in self.views for column in self.columns_of(view))
+
+    @property
+    def names(self) -> list[str]:
+        """The features' names in the order that the model takes them."""
+        return [column.name for column in self.columns]
+
+    @property
+    def protected(self) -> tuple[str, ...]:
+        """The protected attributes that a model on this service predicts from."""
+        return tuple(column.name for column in self.columns if column.protected)
 
 
 @dataclass(frozen=True)
@@ -121,6 +153,8 @@ class Contract:
     service_views: dict[str, tuple[str, ...]]
     service_descriptions: dict[str, str]
     label: str
+    fee: str = "monthly_fee"
+    services_with_protected: frozenset[str] = frozenset()
     label_horizon_months: int = LABEL_HORIZON_MONTHS
     views: tuple[FeatureView, ...] = field(init=False)
     services: tuple[FeatureService, ...] = field(init=False)
@@ -130,14 +164,17 @@ class Contract:
         names = [MONTH, AS_OF, *(column.name for column in columns)]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"columns stated twice in the contract: {', '.join(repeated)}")
-        if self.label not in names:
-            raise ValueError(f"no table of the contract has the label {self.label}")
+        for role, name in (("label", self.label), ("fee", self.fee)):
+            if name not in names:
+                raise ValueError(f"no table of the contract has the {role} {name}")
         served = {column.view for column in columns if column.view}
         named = {view for views in self.service_views.values() for view in views}
         if unknown := sorted((served | named) - self.view_descriptions.keys()):
             raise ValueError(f"feature views that the contract does not describe: {', '.join(unknown)}")
         if self.service_views.keys() != self.service_descriptions.keys():
             raise ValueError("the contract must describe each feature service, and no other")
+        if unknown := sorted(self.services_with_protected - self.service_views.keys()):
+            raise ValueError(f"feature services that the contract does not describe: {', '.join(unknown)}")
         object.__setattr__(self, "views", tuple(self._build_views()))
         object.__setattr__(self, "services", tuple(self._build_services()))
 
@@ -151,7 +188,12 @@ class Contract:
 
     def _build_services(self) -> Iterator[FeatureService]:
         for name, views in self.service_views.items():
-            yield FeatureService(name, tuple(self.view(view) for view in views), self.service_descriptions[name])
+            yield FeatureService(
+                name,
+                tuple(self.view(view) for view in views),
+                self.service_descriptions[name],
+                takes_protected=name in self.services_with_protected,
+            )
 
     def table(self, name: str) -> Table:
         """The table of that name; KeyError if there is none."""
@@ -164,6 +206,11 @@ class Contract:
     def service(self, name: str) -> FeatureService:
         """The feature service of that name; KeyError if there is none."""
         return {service.name: service for service in self.services}[name]
+
+    @property
+    def features(self) -> tuple[Column, ...]:
+        """The columns of all feature views: what a training dataset has, whatever a model takes of it."""
+        return tuple(column for view in self.views for column in view.columns)
 
     @property
     def snapshots(self) -> tuple[Table, ...]:
@@ -193,11 +240,19 @@ USERS = Table(
             earliest=date(2000, 1, 1),
             not_after_as_of=True,
         ),
-        Column("user_gender", "category", "Gender as stated by the customer.", categories=("Female", "Male")),
-        Column("user_is_senior", "boolean", "65 years or older."),
-        Column("has_family", "boolean", "Lives with a partner."),
-        Column("has_dependents", "boolean", "Has dependents."),
+        Column(
+            "user_gender",
+            "category",
+            "Gender as stated by the customer.",
+            categories=("Female", "Male"),
+            view="customer_fv",
+            protected=True,
+        ),
+        Column("user_is_senior", "boolean", "65 years or older.", view="customer_fv", protected=True),
+        Column("has_family", "boolean", "Lives with a partner.", view="customer_fv"),
+        Column("has_dependents", "boolean", "Has dependents.", view="customer_fv"),
     ),
+    snapshot="users_snapshots",
 )
 
 SUBSCRIPTIONS = Table(
@@ -250,8 +305,17 @@ SUBSCRIPTIONS = Table(
             "category",
             "Term of the contract.",
             categories=("Month-to-month", "One year", "Two year"),
+            view="contract_fv",
         ),
-        Column("total_paid", "float", "Paid since sign-up.", unit="currency", low=0, high=10_000_000),
+        Column(
+            "total_paid",
+            "float",
+            "Paid since sign-up.",
+            unit="currency",
+            low=0,
+            high=10_000_000,
+            view="contract_fv",
+        ),
     ),
     snapshot="subscriptions_profile_snapshots",
 )
@@ -362,6 +426,15 @@ LABELS = Table(
     may_come_later=True,
 )
 
+_ALL_VIEWS = (
+    "subs_profile_fv",
+    "usage_agg_30d_fv",
+    "payments_agg_90d_fv",
+    "support_agg_90d_fv",
+    "contract_fv",
+    "customer_fv",
+)
+
 CONTRACT = Contract(
     tables=(USERS, SUBSCRIPTIONS, USAGE, PAYMENTS, SUPPORT, LABELS),
     view_descriptions={
@@ -369,10 +442,19 @@ CONTRACT = Contract(
         "usage_agg_30d_fv": "Usage in the 7 and 30 days before as_of.",
         "payments_agg_90d_fv": "Payments in the 90 days before as_of.",
         "support_agg_90d_fv": "Support in the 90 days before as_of.",
+        "contract_fv": "Term and total of the contract as it stood at as_of.",
+        "customer_fv": "Who the customer is, as known at as_of.",
     },
     service_views={
         "churn_v1": ("subs_profile_fv", "usage_agg_30d_fv", "payments_agg_90d_fv", "support_agg_90d_fv"),
+        "churn_v2": _ALL_VIEWS,
+        "churn_v2_protected": _ALL_VIEWS,
     },
-    service_descriptions={"churn_v1": "The features of the first churn models."},
+    service_descriptions={
+        "churn_v1": "The features of the first churn models.",
+        "churn_v2": "Those of churn_v1, the contract and the household, without protected attributes.",
+        "churn_v2_protected": "Those of churn_v2 and the protected attributes, where the policy allows it.",
+    },
+    services_with_protected=frozenset({"churn_v2_protected"}),
     label="churn_label",
 )

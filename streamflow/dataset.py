@@ -4,6 +4,7 @@ Joining and checking what is trained on belongs here. Point-in-time retrieval of
 fitting is `training.py`'s.
 """
 
+import functools
 import hashlib
 import os
 import tempfile
@@ -19,14 +20,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from streamflow.contract import CONTRACT, USER_ID, Column, Contract, FeatureService
+from streamflow.contract import CONTRACT, USER_ID, Column, Contract
 from streamflow.errors import ConfigurationError, TrainingRefused
 from streamflow.months import Month
+from streamflow.warehouse import MEANINGS, MonthWrite
 
 EVENT_TIMESTAMP = "event_timestamp"
 HOLDOUT_FRACTION = 0.25
 _SPLIT_SALT = b"streamflow-split"
 _FACTS = b"streamflow"
+
+
+def folds(user_ids: Sequence[str], count: int, seed: int) -> NDArray[np.intp]:
+    """Which of ``count`` folds each user is in, for cross-validation among training users; the same in every month.
+
+    The fold is a salted BLAKE2b of the user_id modulo ``count``; another ``seed``, of 64 bits, draws other folds.
+    """
+    name = f"folds {seed}".encode()
+    salted = functools.partial(hashlib.blake2b, digest_size=8, salt=name[:16], person=name[16:])
+    digests = b"".join(salted(user.encode()).digest() for user in user_ids)
+    return (np.frombuffer(digests, ">u8") % count).astype(np.intp)
 
 
 def split(user_ids: Sequence[str]) -> NDArray[np.bool_]:
@@ -40,10 +53,14 @@ def split(user_ids: Sequence[str]) -> NDArray[np.bool_]:
     return held_out
 
 
+def on_both_sides(training: Sequence[str], holdout: Sequence[str]) -> list[str]:
+    """The users, sorted, among both the users to learn from and the held-out ones; a sound split has none."""
+    return sorted(set(training) & set(holdout))
+
+
 class _Facts(msgspec.Struct, frozen=True):
     """What a dataset is besides its frame; stored in the file and covered by the digest."""
 
-    service: str
     month: str
     dropped: int
 
@@ -52,25 +69,30 @@ class _Facts(msgspec.Struct, frozen=True):
 class TrainingDataset:
     """What a model of one month learns from and is measured on.
 
-    ``frame`` has user_id, the features in the order of ``service`` and ``label``, one row per user, sorted by user_id,
-    in float64, int64, bool and str, nothing missing. ``dropped`` counts the users left out for missing features.
+    ``frame`` has user_id, the features of all views in the contract's order and ``label``, one row per user, sorted by
+    user_id, in float64, int64, bool and str, nothing missing. A model takes the columns of its feature service; the
+    others are there to choose the service and to measure by. ``dropped`` counts users left out for missing features.
     """
 
     frame: pd.DataFrame
-    service: FeatureService
     month: Month
     label: str
     dropped: int
 
     @property
-    def features(self) -> pd.DataFrame:
-        """The features alone, in the order of ``service``."""
-        return self.frame[[column.name for column in self.service.columns]]
-
-    @property
     def labels(self) -> NDArray[np.bool_]:
         """The label of each row."""
         return self.frame[self.label].to_numpy(dtype=np.bool_)
+
+    @property
+    def training_rows(self) -> pd.DataFrame:
+        """The rows of ``frame`` to learn from."""
+        return self.frame[~self.holdout].reset_index(drop=True)
+
+    @property
+    def holdout_rows(self) -> pd.DataFrame:
+        """The rows of ``frame`` that no model has seen."""
+        return self.frame[self.holdout].reset_index(drop=True)
 
     @cached_property
     def holdout(self) -> NDArray[np.bool_]:
@@ -79,18 +101,17 @@ class TrainingDataset:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the frame, its month, its feature service and the number of dropped users."""
+        """SHA-256 of the frame, its month and the number of dropped users."""
         return hashlib.sha256(msgspec.json.encode(self._facts) + digest(self.frame).encode()).hexdigest()
 
     @property
     def _facts(self) -> _Facts:
-        return _Facts(self.service.name, str(self.month), self.dropped)
+        return _Facts(str(self.month), self.dropped)
 
 
 def assemble(
     features: pd.DataFrame,
     labels: pd.DataFrame,
-    service: FeatureService,
     *,
     month: Month,
     label_month: Month,
@@ -98,7 +119,7 @@ def assemble(
 ) -> TrainingDataset:
     """Join the features of ``month`` with the labels of ``label_month`` and bring them into the contract's types.
 
-    ``features`` has user_id, event_timestamp and the features of ``service``, ``labels`` has user_id and the label, in
+    ``features`` has user_id, event_timestamp and the contract's features, ``labels`` has user_id and the label, in
     whatever types the stores return. Users with a missing feature are left out and counted.
 
     Raises TrainingRefused for labels of another period than the contract's horizon asks for, features of another day
@@ -106,22 +127,44 @@ def assemble(
     or a label with one value only.
     """
     _require_months(features, month, label_month, contract)
-    features = _one_row_per_user(features, [column.name for column in service.columns], f"the features of {month}")
+    features = _one_row_per_user(features, [column.name for column in contract.features], f"the features of {month}")
     labels = _one_row_per_user(labels, [contract.label], f"the labels of {label_month}")
     joined = features.merge(labels, on=USER_ID, how="outer")
     if unlabelled := joined.loc[joined[contract.label].isna(), USER_ID].tolist():
         raise TrainingRefused(f"{len(unlabelled)} users of {month} have no label, such as {unlabelled[0]}")
     complete = joined.dropna().sort_values(USER_ID, ignore_index=True)
     if complete.empty:
-        raise TrainingRefused(f"{month} has no user with a label and all features of {service.name}; land it first")
-    columns = (*service.columns, *(column for column in contract.label_table.values if column.name == contract.label))
+        raise TrainingRefused(f"{month} has no user with a label and all features; land it first")
+    columns = (*contract.features, *(column for column in contract.label_table.values if column.name == contract.label))
     frame = pd.DataFrame(
         {USER_ID: complete[USER_ID].astype(str).astype(object)}
         | {column.name: _cast(complete[column.name], column, month) for column in columns}
     )
     if frame[contract.label].nunique() == 1:
         raise TrainingRefused(f"{contract.label} is {frame[contract.label].iloc[0]} for every user of {label_month}")
-    return TrainingDataset(frame, service, month, contract.label, len(joined) - len(complete))
+    return TrainingDataset(frame, month, contract.label, len(joined) - len(complete))
+
+
+def require_meanings(source: MonthWrite, contract: Contract = CONTRACT) -> None:
+    """Refuse a month of a snapshot or of the labels whose file landed when a column meant something else.
+
+    Only what is trained on counts: features and the label. Raises TrainingRefused that names month, relation and
+    columns.
+    """
+    table = next(table for table in contract.tables if source.relation in (table.name, table.snapshot))
+    trained_on = {contract.label, *(column.name for column in contract.features)}
+    written = source.facts.get(MEANINGS, {})
+    shifted = [
+        f"{column.name} ({'means something else now' if column.name in written else 'no meaning was recorded'})"
+        for column in table.values
+        if column.name in trained_on and written.get(column.name) != column.meaning
+    ]
+    if shifted:
+        raise TrainingRefused(
+            f"{table.file} of {source.month} landed under another contract: {', '.join(shifted)}; see that it is right "
+            "as the contract describes it now, correct it if it is not, land it again, "
+            f"then run: streamflow run {source.month}"
+        )
 
 
 def _require_months(features: pd.DataFrame, month: Month, label_month: Month, contract: Contract) -> None:
@@ -229,9 +272,7 @@ def load(path: Path, contract: Contract = CONTRACT) -> TrainingDataset:
     try:
         table = pq.read_table(path)
         facts = msgspec.json.decode(table.schema.metadata[_FACTS], type=_Facts)
-        dataset = TrainingDataset(
-            table.to_pandas(), contract.service(facts.service), Month.parse(facts.month), contract.label, facts.dropped
-        )
+        dataset = TrainingDataset(table.to_pandas(), Month.parse(facts.month), contract.label, facts.dropped)
         found = dataset.digest
     except FileNotFoundError:
         raise TrainingRefused(f"{path} does not exist; materialize training_dataset again") from None

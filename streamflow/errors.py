@@ -38,3 +38,7 @@ class TrainingRefused(StreamFlowError):
 
 class ArtifactRefused(StreamFlowError):
     """A model artifact whose digest, format or self-test is not the registered one."""
+
+
+class LineageBroken(StreamFlowError):
+    """A version some of whose origins are missing or altered; the message names each."""

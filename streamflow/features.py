@@ -73,12 +73,19 @@ def feature_services(contract: Contract = CONTRACT) -> list["feast.FeatureServic
     return [
         feast.FeatureService(
             name=service.name,
-            features=[_feature_view(view) for view in service.views],
+            features=[_taken(service, view) for view in service.views if service.columns_of(view)],
             description=service.description,
             owner=OWNER,
         )
         for service in contract.services
     ]
+
+
+def _taken(service: FeatureService, view: FeatureView) -> Any:
+    """The view, or the part of it that the service takes."""
+    columns = service.columns_of(view)
+    whole = _feature_view(view)
+    return whole if columns == view.columns else whole[[column.name for column in columns]]
 
 
 def _feature_view(view: FeatureView) -> "feast.FeatureView":
@@ -136,7 +143,7 @@ def feature_store(database: Database) -> "feast.FeatureStore":
     feast = _feast()
     from feast.repo_config import RepoConfig
 
-    text = string.Template((REPOSITORY / "feature_store.yaml").read_text())
+    text = string.Template((REPOSITORY / "feature_store.yaml").read_text(encoding="utf-8"))
     config = yaml.safe_load(text.substitute(environment(database)))
     return feast.FeatureStore(config=RepoConfig(**config, repo_path=REPOSITORY))
 
@@ -229,10 +236,24 @@ def online_digest(database: Database, view: FeatureView) -> str:
         return rows_digest(connection, query)
 
 
-def historical_features(
-    store: "feast.FeatureStore", service: FeatureService, month: Month, contract: Contract = CONTRACT
-) -> pd.DataFrame:
-    """The service's features of each labelled customer as they were known on the month's last day.
+def offline(database: Database, service: FeatureService) -> tuple[str, ...]:
+    """The service's features that the online tables lack, so that a model on it could not be served."""
+    with database.connect() as connection:
+        online = set(
+            connection.execute(
+                "SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = %s", (ONLINE,)
+            ).fetchall()
+        )
+    return tuple(
+        column.name
+        for view in service.views
+        for column in service.columns_of(view)
+        if (view.name, column.name) not in online
+    )
+
+
+def historical_features(store: "feast.FeatureStore", month: Month, contract: Contract = CONTRACT) -> pd.DataFrame:
+    """All features of each labelled customer as they were known on the month's last day.
 
     Returns user_id, event_timestamp and the features, a row for each customer labelled for the month plus the
     contract's label horizon. Raises UnknownMonth when no label of that month has landed.
@@ -252,7 +273,8 @@ def historical_features(
         if connection.execute(sql.SQL("SELECT EXISTS ({})").format(customers)).fetchone() == (False,):
             raise UnknownMonth(f"no labels of {labelled} have landed; land its labels.csv, then train {month}")
     job: Any = store.get_historical_features(
-        entity_df=customers.as_string(None), features=store.get_feature_service(service.name)
+        entity_df=customers.as_string(None),
+        features=[f"{view.name}:{column.name}" for view in contract.views for column in view.columns],
     )
     frame: pd.DataFrame = job.to_df()
     return frame

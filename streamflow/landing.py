@@ -102,13 +102,17 @@ def _because(problem: Problem) -> str:
 
 
 class Revision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The bytes that a table had from one landing to the next; ``landed_at`` is ISO 8601, UTC."""
+    """The bytes that a table had from one landing to the next; ``landed_at`` is ISO 8601, UTC.
+
+    ``meanings`` is what the contract took each column to mean then, as `Column.meaning` has it.
+    """
 
     revision: Annotated[int, msgspec.Meta(ge=1)]
     sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
     rows: Annotated[int, msgspec.Meta(ge=1)]
     size_bytes: Annotated[int, msgspec.Meta(ge=1)]
     landed_at: str
+    meanings: dict[str, str] = {}
 
 
 class LandingWarning(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -628,6 +632,15 @@ class LandingZone:
         """As `read`, of whatever revision had these bytes, also when another one is current by now."""
         return self._reread(month, self.contract.table(table_name), sha256).values
 
+    def archived(self, month: Month, table_name: str, sha256: str) -> bytes:
+        """The bytes that landed as a table of the month; raises ArchiveUnusable if they are gone or others by now."""
+        path = self._archived(sha256)
+        data = _bytes_if_any(path)
+        if data is None or _sha256(data) != sha256:
+            state = "gone" if data is None else "damaged"
+            raise ArchiveUnusable(f"{path}, the archived {table_name}.csv of {month}, is {state}; land that file again")
+        return data
+
     def _current(self, month: Month, table_name: str) -> Revision:
         current = self.manifest(month).current
         if table_name not in current:
@@ -636,12 +649,7 @@ class LandingZone:
         return current[table_name]
 
     def _reread(self, month: Month, table: Table, sha256: str) -> Parsed:
-        path = self._archived(sha256)
-        data = _bytes_if_any(path)
-        if data is None or _sha256(data) != sha256:
-            state = "gone" if data is None else "damaged"
-            raise ArchiveUnusable(f"{path}, the archived {table.file} of {month}, is {state}; land that file again")
-        parsed = _read(data, table)
+        parsed = _read(self.archived(month, table.name, sha256), table)
         if problems := parsed.problems(1):
             reason = f"{problems[0].column or ''} {_because(problems[0])}".strip()
             raise ArchiveUnusable(f"{table.file} of {month} does not fit today's contract: {reason}; land it again")
@@ -671,7 +679,13 @@ class LandingZone:
         old = self._manifest_if_any(month)
         folder_problems = list(self._folder_problems(source, old))
         digests = {name: _sha256(data) for name, data in source.tables.items()}
-        same = [name for name in digests if name in old.tables and old.current[name].sha256 == digests[name]]
+        meanings = {name: self.contract.table(name).meanings for name in digests}
+        same = [
+            name
+            for name in digests
+            if name in old.tables
+            and (old.current[name].sha256, old.current[name].meanings) == (digests[name], meanings[name])
+        ]
         if not folder_problems and len(same) == len(digests):
             self._archive(source.tables)
             return Landed(month, {}, tuple(old.tables), old)
@@ -683,7 +697,8 @@ class LandingZone:
             if name not in same:
                 earlier = old.tables.get(name, ())
                 size = len(source.tables[name])
-                changed[name] = Revision(len(earlier) + 1, sha256, len(files[name].lines), size, landed_at)
+                lines = len(files[name].lines)
+                changed[name] = Revision(len(earlier) + 1, sha256, lines, size, landed_at, meanings[name])
                 tables[name] = (*earlier, changed[name])
         manifest = MonthManifest(str(month), tables, self._all_warnings(source, old, files))
         _write(self._manifest_path(month), _json(manifest))

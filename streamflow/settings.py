@@ -23,7 +23,7 @@ class Settings(BaseSettings):
     ``mlflow_uri`` is an MLflow server's address; without it the registry is read from the database directly;
     ``mlflow_public_uri`` is where a browser finds it, if elsewhere.
     ``host`` is where the services listen, ``code_host`` where Dagster's code server is found. ``policy`` overrides the
-    mode of ``policy_file``.
+    mode of ``policy_file``; ``training_file`` says how models are chosen and fitted.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
@@ -41,9 +41,10 @@ class Settings(BaseSettings):
     code_port: Port = 4000
     policy: Literal["manual", "auto"] | None = None
     policy_file: Path = PROJECT_ROOT / "policy.toml"
+    training_file: Path = PROJECT_ROOT / "training.toml"
     actor: str = Field(default_factory=getpass.getuser, min_length=1)
 
-    @field_validator("home", "policy_file", mode="before")
+    @field_validator("home", "policy_file", "training_file", mode="before")
     @classmethod
     def _absolute(cls, path: str | Path) -> Path:
         if path == "":

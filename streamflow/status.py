@@ -8,8 +8,8 @@ from typing import Literal
 from streamflow.contract import CONTRACT, Contract
 from streamflow.landing import MonthManifest
 from streamflow.months import Month
-from streamflow.pipeline import CHURN_MODEL, REGISTERED_VERSION, SERVICE, TRAINING_DATASET, Platform
-from streamflow.promotion import Entry, Version, current
+from streamflow.pipeline import CHURN_MODEL, REGISTERED_VERSION, TRAINING_DATASET, Platform
+from streamflow.promotion import Entry, Version, decision_in_force, threshold_of
 from streamflow.warehouse import MonthWrite, month_writes
 
 State = Literal["landed", "incomplete", "stale", "unlabelled", "complete"]
@@ -55,12 +55,11 @@ class ProductionStatus:
 def relations(contract: Contract = CONTRACT) -> dict[str, tuple[str, ...]]:
     """Every relation of the graph, upstream first, with what it is made from."""
     users = contract.tables[0].name
-    views = contract.service(SERVICE).views
     return {
         **{table.name: () for table in contract.tables},
-        **{str(table.snapshot): (users, table.name) for table in contract.snapshots},
+        **{str(table.snapshot): tuple(dict.fromkeys((users, table.name))) for table in contract.snapshots},
         **{view.name: (view.snapshot,) for view in contract.views},
-        TRAINING_DATASET: (contract.label_table.name, *(view.snapshot for view in views)),
+        TRAINING_DATASET: (contract.label_table.name, *(str(table.snapshot) for table in contract.snapshots)),
         CHURN_MODEL: (TRAINING_DATASET,),
         REGISTERED_VERSION: (CHURN_MODEL,),
     }
@@ -105,7 +104,8 @@ def _stale(
         if name not in written:
             continue
         write = written[name]
-        replaced = name in manifest.tables and write.digest != manifest.current[name].sha256
+        landed = manifest.current.get(name)
+        replaced = landed is not None and (write.revision, write.digest) != (landed.revision, landed.sha256)
         outdated = any(
             source in found or (source in written and write.sources.get(source) != written[source].as_source)
             for source in sources
@@ -116,13 +116,13 @@ def _stale(
 
 
 def production_status(entries: list[Entry], versions: Iterable[Version]) -> ProductionStatus | None:
-    """What the ledger says is in Production, since when and by whom; None while nothing is."""
-    number = current(entries)
-    if number is None:
+    """What the ledger says is in Production, since when, by whom and at which threshold; None while nothing is."""
+    entry = decision_in_force(entries)
+    if entry is None:
         return None
-    version = next(version for version in versions if version.version == number)
-    entry = next(entry for entry in reversed(entries) if entry.action != "refuse")
-    return ProductionStatus(number, version.run_id, str(version.as_of), version.threshold, entry.at, entry.by)
+    version = next(version for version in versions if version.version == entry.version)
+    threshold = threshold_of(entries, version)
+    return ProductionStatus(version.version, version.run_id, str(version.as_of), threshold, entry.at, entry.by)
 
 
 def month_statuses(platform: Platform) -> list[MonthStatus]:

@@ -36,6 +36,8 @@ INSERT_ONLY = ("model_versions", "promotion_ledger")
 SESSION_DEFAULTS = {"timezone": "UTC", "datestyle": "ISO", "extra_float_digits": "1"}
 """What each session of the platform's role starts with here, also those of tools that cannot be told."""
 COPY_BLOCK_ROWS = 100_000
+MEANINGS = "meanings"
+"""The fact of a month's write that holds what each column meant when its values were written; `Column.meaning`."""
 
 WITHIN_BOUNDS = "within_bounds"
 DATES_AGREE = "dates_agree_with_partition"
@@ -234,12 +236,17 @@ def write_month(
     *,
     digest: str,
     revision: int,
+    meanings: Mapping[str, str],
     now: datetime,
 ) -> MonthWrite:
-    """Replace what ``table`` holds for ``month`` by ``rows`` (user_id and values, typed) in one transaction."""
+    """Replace what ``table`` holds for ``month`` by ``rows`` (user_id and values, typed) in one transaction.
+
+    ``meanings`` are those of the columns when the rows landed.
+    """
     names = [MONTH, USER_ID, *(column.name for column in table.values)]
     keyed = rows.append_column(MONTH, pa.repeat(pa.scalar(str(month)), rows.num_rows)).select(names)
-    written = MonthWrite(table.name, month, revision, digest, rows.num_rows, {}, now)
+    facts = {MEANINGS: dict(meanings)}
+    written = MonthWrite(table.name, month, revision, digest, rows.num_rows, {}, now, facts)
     with database.connect() as connection:
         _lock(connection, table.name, month)
         connection.execute(
@@ -281,7 +288,7 @@ def build_snapshot(
             inserted.rowcount,
             {name: write.as_source for name, write in sources.items()},
             now,
-            {"missing": missing},
+            {"missing": missing, MEANINGS: sources[table.name].facts.get(MEANINGS, {})},
         )
         record(connection, written)
     return written

@@ -1,6 +1,7 @@
 """What tests share: the real months where they are, and one embedded PostgreSQL for the session."""
 
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,6 +24,22 @@ def _clean_environment() -> None:
     for name in [name for name in os.environ if name.startswith(("STREAMFLOW_", "DAGSTER_", "MLFLOW_"))]:
         if not name.startswith("STREAMFLOW_TEST_"):
             del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def quick_training_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """training.toml with few trees; what is tested with it does not depend on how many."""
+    text = (PROJECT_ROOT / "training.toml").read_text()
+    for pattern, fewer in (
+        (r"(n_estimators = )\d+", "20"),
+        (r"(importance_repeats = )\d+", "2"),
+        (r"(\[estimators\.gradient_boosting\][^\[]*?max_iter = )\d+", "20"),
+    ):
+        text, changed = re.subn(pattern, rf"\g<1>{fewer}", text)
+        assert changed, pattern
+    file = tmp_path_factory.mktemp("training") / "training.toml"
+    file.write_text(text)
+    return file
 
 
 @pytest.fixture(scope="session")

@@ -61,6 +61,7 @@ def test_the_names_that_others_depend_on() -> None:
         "labels",
     ]
     assert [table.snapshot for table in CONTRACT.snapshots] == [
+        "users_snapshots",
         "subscriptions_profile_snapshots",
         "usage_agg_30d_snapshots",
         "payments_agg_90d_snapshots",
@@ -84,12 +85,59 @@ def test_the_names_that_others_depend_on() -> None:
         ],
         "payments_agg_90d_fv": ["failed_payments_90d"],
         "support_agg_90d_fv": ["support_tickets_90d", "ticket_avg_resolution_hrs_90d"],
+        "contract_fv": ["contract_type", "total_paid"],
+        "customer_fv": ["user_gender", "user_is_senior", "has_family", "has_dependents"],
     }
-    service = CONTRACT.service("churn_v1")
-    assert service.columns == tuple(column for view in CONTRACT.views for column in view.columns)
-    assert len(service.columns) == 14
+    assert [service.name for service in CONTRACT.services] == ["churn_v1", "churn_v2", "churn_v2_protected"]
     assert (CONTRACT.label_table.name, CONTRACT.label) == ("labels", "churn_label")
     assert CONTRACT.label_horizon_months == 0
+
+
+def test_a_service_takes_its_views_in_order_and_protected_columns_only_where_it_says_so() -> None:
+    features = [column.name for view in CONTRACT.views for column in view.columns]
+    assert [column.name for column in CONTRACT.features] == features
+    assert len(features) == 20
+    first, second, protected = CONTRACT.services
+    assert first.names == features[:14]
+    assert second.names == [*features[:16], "has_family", "has_dependents"]
+    assert protected.names == features
+    assert [service.protected for service in CONTRACT.services] == [(), (), ("user_gender", "user_is_senior")]
+    for service in CONTRACT.services:
+        assert [column.name for column in service.columns] == service.names
+        assert service.columns == tuple(column for view in service.views for column in service.columns_of(view))
+
+
+def test_every_customer_has_a_snapshot_of_who_they_are() -> None:
+    assert CONTRACT.snapshots[0] is CONTRACT.tables[0]
+    assert CONTRACT.view("customer_fv").snapshot == "users_snapshots"
+
+
+@pytest.mark.parametrize(
+    ("changes", "shifts"),
+    [
+        ({"kind": "integer"}, True),
+        ({"unit": "dozens"}, True),
+        ({"description": "Points spent."}, True),
+        ({"name": "loyalty"}, True),
+        ({"kind": "category", "categories": ("few", "many")}, True),
+        ({"kind": "boolean", "empty_means": True}, True),
+        ({"low": -1, "high": 501}, False),
+        ({"nullable": True}, False),
+        ({"view": None}, False),
+        ({"protected": True}, False),
+    ],
+)
+def test_what_makes_a_column_mean_something_else(changes: dict[str, Any], shifts: bool) -> None:
+    changed = replace(LOYALTY, **changes)
+    assert (changed.meaning != LOYALTY.meaning) == shifts
+
+
+def test_meanings_differ_and_stay() -> None:
+    boolean = replace(LOYALTY, kind="boolean")
+    meanings = {replace(boolean, empty_means=empty).meaning for empty in (None, False, True)}
+    meanings |= {replace(SCREEN, categories=of).meaning for of in (("TV", "Phone"), ("Phone", "TV"), ("TV",))}
+    assert len(meanings) == 6
+    assert CONTRACT.table("usage_agg_30d").values[0].meaning == "e37a7b4302d9"
 
 
 def test_the_contract_states_the_columns_of_the_real_files(real_data: Path) -> None:
@@ -120,7 +168,7 @@ def _changed(table_name: str, **changes: Any) -> tuple[Table, ...]:
     ("contradiction", "message"),
     [
         (
-            lambda: with_columns(CONTRACT, users=CONTRACT.table("subscriptions").values[0]),
+            lambda: with_columns(CONTRACT, usage_agg_30d=CONTRACT.table("subscriptions").values[0]),
             "columns stated twice in the contract: months_active",
         ),
         (lambda: with_columns(CONTRACT, users=Column("month", "integer", "")), "stated twice in the contract: month"),
@@ -146,6 +194,10 @@ def _changed(table_name: str, **changes: Any) -> tuple[Table, ...]:
             "feature views that the contract does not describe: lost_fv",
         ),
         (lambda: replace(CONTRACT, service_descriptions={}), "must describe each feature service"),
+        (
+            lambda: replace(CONTRACT, services_with_protected=frozenset({"churn_v3"})),
+            "feature services that the contract does not describe: churn_v3",
+        ),
         (lambda: replace(CONTRACT, label="churned"), "no table of the contract has the label churned"),
         (lambda: replace(SCREEN, categories=()), "main_screen: a category has categories"),
         (lambda: replace(LOYALTY, categories=("few", "many")), "loyalty_points: a category has categories"),
@@ -225,7 +277,9 @@ def test_an_existing_warehouse_gets_it(database: Database, tmp_path: Path) -> No
     table = CONTRACT.table("subscriptions")
     [folder] = simulate.simulate(tmp_path / "before", [JANUARY], users=20)
     old_rows = landed(tmp_path / "home", folder, CONTRACT).read(JANUARY, table.name)
-    warehouse.write_month(database, table, JANUARY, old_rows, digest="0" * 64, revision=1, now=NOW)
+    warehouse.write_month(
+        database, table, JANUARY, old_rows, digest="0" * 64, revision=1, meanings=table.meanings, now=NOW
+    )
 
     assert warehouse.migrate(database, WIDER) == [
         f"added {relation}; months landed before carry no value until landed again"
@@ -246,7 +300,16 @@ def test_an_existing_warehouse_gets_it(database: Database, tmp_path: Path) -> No
 
     [folder] = simulate.simulate(tmp_path / "after", [JANUARY], users=20, contract=WIDER)
     new_rows = landed(tmp_path / "new home", folder, WIDER).read(JANUARY, table.name)
-    warehouse.write_month(database, WIDER.tables[1], JANUARY, new_rows, digest="1" * 64, revision=2, now=NOW)
+    warehouse.write_month(
+        database,
+        WIDER.tables[1],
+        JANUARY,
+        new_rows,
+        digest="1" * 64,
+        revision=2,
+        meanings=WIDER.tables[1].meanings,
+        now=NOW,
+    )
     with database.connect() as connection:
         assert connection.execute(count).fetchone() == (20, 20, 20)
 
@@ -290,9 +353,10 @@ def test_feast_has_a_64_bit_field_of_it() -> None:
     assert views["subs_profile_fv"].features[-1].dtype == Float64
     assert views["subs_profile_fv"].features[-1].tags == {"unit": "points"}
     assert views["usage_agg_30d_fv"].features[-1].dtype == String
-    [service] = features.feature_services(WIDER)
-    served = [field.name for projection in service.feature_view_projections for field in projection.features]
-    assert served == [column.name for column in SERVICE.columns]
+    for service, made in zip(WIDER.services, features.feature_services(WIDER), strict=True):
+        served = [field.name for projection in made.feature_view_projections for field in projection.features]
+        assert served == service.names
+        assert "loyalty_points" in served
 
 
 def test_training_takes_it_as_number_or_category() -> None:
@@ -316,8 +380,11 @@ def test_the_api_describes_it(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path, database_url="postgresql://nobody@127.0.0.1:1/none")
     client = TestClient(create_app(settings, contract=WIDER))
     schemas = client.app.openapi_schema.to_schema()["components"]["schemas"]
-    described = schemas["Prediction"]["properties"]["features_used"]
-    assert list(described["properties"]) == described["required"] == [column.name for column in SERVICE.columns]
+    services = schemas["Prediction"]["properties"]["features_used"]["anyOf"]
+    assert [service["title"] for service in services] == [service.name for service in WIDER.services]
+    for service, described in zip(WIDER.services, services, strict=True):
+        assert list(described["properties"]) == described["required"] == service.names
+    described = services[0]
     assert described["properties"]["loyalty_points"] == {
         "type": "number",
         "description": "Points collected. [points]",

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from functools import reduce
 from itertools import pairwise
 from pathlib import Path
@@ -7,13 +8,24 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from streamflow.contract import CONTRACT, LABELS, SUBSCRIPTIONS, Contract
-from streamflow.dataset import TrainingDataset, assemble, digest, load, save, split
+from streamflow.contract import CONTRACT, LABELS, SUBSCRIPTIONS, USAGE, Column, Contract
+from streamflow.dataset import (
+    TrainingDataset,
+    assemble,
+    digest,
+    folds,
+    load,
+    on_both_sides,
+    require_meanings,
+    save,
+    split,
+)
 from streamflow.errors import TrainingRefused
 from streamflow.months import Month
+from streamflow.warehouse import MonthWrite
 
 JANUARY = Month.parse("2024-01")
 SERVICE = CONTRACT.service("churn_v1")
@@ -24,7 +36,7 @@ def handmade_month(users=400, seed=0, contract=CONTRACT):
     rng = np.random.default_rng(seed)
     ids = [f"{number:04d}-USER" for number in rng.permutation(users)]
     features = {"user_id": ids, "event_timestamp": pd.Timestamp(JANUARY.event_time)}
-    for column in contract.service("churn_v1").columns:
+    for column in contract.features:
         if column.kind == "category":
             features[column.name] = rng.choice(column.categories, users).astype(object)
         elif column.kind == "boolean":
@@ -41,19 +53,18 @@ def handmade_month(users=400, seed=0, contract=CONTRACT):
 
 def handmade_dataset(users=400, seed=0, contract=CONTRACT):
     features, labels = handmade_month(users, seed, contract)
-    service = contract.service("churn_v1")
-    return assemble(features, labels, service, month=JANUARY, label_month=JANUARY, contract=contract)
+    return assemble(features, labels, month=JANUARY, label_month=JANUARY, contract=contract)
 
 
 def real_dataset(real_data: Path) -> TrainingDataset:
     """January of the real sample, straight from its files."""
     tables = [pd.read_csv(real_data / "month_000" / table.file) for table in CONTRACT.tables]
     month = reduce(lambda left, right: left.merge(right, on="user_id"), tables)
-    for column in SERVICE.columns:
+    for column in CONTRACT.features:
         if column.empty_means is not None:
             month[column.name] = month[column.name].astype("boolean").fillna(column.empty_means)
     month["event_timestamp"] = pd.Timestamp(JANUARY.event_time)
-    return assemble(month, month[["user_id", "churn_label"]], SERVICE, month=JANUARY, label_month=JANUARY)
+    return assemble(month, month[["user_id", "churn_label"]], month=JANUARY, label_month=JANUARY)
 
 
 def contract_with_contract_type() -> Contract:
@@ -76,7 +87,7 @@ def month():
 
 
 def assembled(features, labels, **overrides):
-    return assemble(features, labels, SERVICE, **{"month": JANUARY, "label_month": JANUARY} | overrides)
+    return assemble(features, labels, **{"month": JANUARY, "label_month": JANUARY} | overrides)
 
 
 def refusal(features, labels, **overrides):
@@ -109,13 +120,64 @@ def test_split_of_a_user_depends_on_nobody_else(users, random):
     assert split([users[index] for index in order]).tolist() == [together[index] for index in order]
 
 
+USERS = st.lists(st.text(st.characters(codec="utf-8"), max_size=20), max_size=30)
+SEEDS = st.integers(0, 2**63 - 1)
+COUNTS = st.integers(2, 10)
+MANY = [f"user-{number}" for number in range(10_000)]
+
+
+def test_folds_are_the_ones_that_were_published():
+    users = ["7590-VHVEG", "6713-OKOMC", "7892-POOKP", "6388-TABGU", "9763-GRSKD", "7469-LKBCI"]
+    assert folds(users, 4, 42).tolist() == [0, 1, 1, 0, 3, 2]
+
+
+@given(USERS, COUNTS, SEEDS, st.randoms())
+def test_the_fold_of_a_user_depends_on_nobody_else(users, count, seed, random):
+    together = folds(users, count, seed).tolist()
+    assert all(0 <= fold < count for fold in together)
+    assert together == [fold for user in users for fold in folds([user], count, seed).tolist()]
+    order = random.sample(range(len(users)), len(users))
+    assert folds([users[index] for index in order], count, seed).tolist() == [together[index] for index in order]
+
+
+@settings(max_examples=20)
+@given(COUNTS, SEEDS)
+def test_folds_are_about_as_large_as_each_other_on_both_sides_of_the_split(count, seed):
+    """Also among the held-out users: a fold tells nothing about the hold-out."""
+    held_out, fold = split(MANY), folds(MANY, count, seed)
+    for users in (held_out, ~held_out):
+        sizes = np.bincount(fold[users], minlength=count)
+        expected = users.sum() / count
+        assert len(sizes) == count
+        assert np.abs(sizes - expected).max() < 5 * np.sqrt(expected)
+
+
+@settings(max_examples=20)
+@given(COUNTS, SEEDS, SEEDS)
+@example(4, 10_000_000_000, 10_000_000_001)
+@example(4, 2**63 - 1, 2**63 - 2)
+def test_another_seed_draws_folds_that_have_nothing_to_do_with_these(count, seed, other):
+    agreement = (folds(MANY[:2_000], count, seed) == folds(MANY[:2_000], count, other)).mean()
+    assert agreement == 1 if seed == other else abs(agreement - 1 / count) < 0.07
+
+
+@given(st.sets(st.text()), st.sets(st.text()))
+def test_users_on_both_sides_of_a_broken_split_are_found(training, held_out):
+    assert on_both_sides(list(training), [*held_out, *held_out]) == sorted(training & held_out)
+
+
+def test_no_user_is_on_both_sides_of_the_split(dataset):
+    assert on_both_sides(dataset.training_rows["user_id"].tolist(), dataset.holdout_rows["user_id"].tolist()) == []
+
+
 # Assembling
 
 
 def test_assembled_frame_has_the_contracts_types_and_order(dataset):
-    assert list(dataset.frame) == ["user_id", *(column.name for column in SERVICE.columns), "churn_label"]
+    assert list(dataset.frame) == ["user_id", *(column.name for column in CONTRACT.features), "churn_label"]
+    assert len(CONTRACT.features) == 20
     wanted = {"float": "float64", "integer": "int64", "boolean": "bool", "category": "object"}
-    for column in (*SERVICE.columns, LABELS.values[0]):
+    for column in (*CONTRACT.features, LABELS.values[0]):
         assert dataset.frame[column.name].dtype == wanted[column.kind]
     assert dataset.frame["user_id"].tolist() == sorted(dataset.frame["user_id"])
     assert len(dataset.frame) == 400
@@ -185,10 +247,44 @@ def test_the_contracts_horizon_decides_which_labels_are_right(month):
     assert len(assembled(*month, label_month=JANUARY.shift(1), contract=ahead).frame) == 60
 
 
-def test_features_of_another_day_are_refused(month):
+@pytest.mark.parametrize(
+    ("computed_at", "said"),
+    [
+        (JANUARY.shift(1).event_time, "2024-02-29"),
+        (JANUARY.event_time + timedelta(microseconds=1), "2024-01-31"),
+        (JANUARY.event_time + timedelta(days=1), "2024-02-01"),
+        (JANUARY.shift(-1).event_time, "2024-01-31"),
+    ],
+)
+def test_features_of_another_time_are_refused_even_of_one_user(month, computed_at, said):
+    """Data built to leak: one user's features were computed after the label was known."""
     features, labels = month
-    features.loc[7, "event_timestamp"] = pd.Timestamp(JANUARY.shift(1).event_time)
-    assert "features of 2024-02-29 were given for 2024-01, whose day is 2024-01-31" in refusal(features, labels)
+    features["event_timestamp"] = features["event_timestamp"].astype("datetime64[us, UTC]")
+    features.loc[7, "event_timestamp"] = pd.Timestamp(computed_at)
+    assert f"features of {said} were given for 2024-01, whose day is 2024-01-31" in refusal(features, labels)
+
+
+def test_features_that_know_next_months_label_are_refused(month):
+    """All features are February's, and one of them is the label itself."""
+    features, labels = month
+    telling = features.merge(labels, on="user_id").rename(columns={"churn_label": "knows"})
+    leaking = features.assign(
+        failed_payments_90d=1000 * telling["knows"], event_timestamp=pd.Timestamp(JANUARY.shift(1).event_time)
+    )
+    assert "features of 2024-02-29 were given for 2024-01" in refusal(leaking, labels)
+
+
+def test_a_time_zone_does_not_make_features_late(month):
+    features, labels = month
+    elsewhere = features.assign(event_timestamp=features["event_timestamp"].dt.tz_convert("Asia/Tokyo"))
+    assert assembled(elsewhere, labels).digest == assembled(features, labels).digest
+
+
+@pytest.mark.parametrize(("label_only", "said"), [(True, "True"), (False, "False")])
+def test_a_constant_label_is_refused(month, label_only, said):
+    features, labels = month
+    message = refusal(features, labels.assign(churn_label=label_only))
+    assert message == f"churn_label is {said} for every user of 2024-01"
 
 
 def test_repeated_users_are_refused(month):
@@ -208,7 +304,6 @@ def test_nothing_to_learn_from_is_refused(month):
     features, labels = month
     assert "2024-01 has no user with a label and all features" in refusal(features[:0], labels[:0])
     assert "2024-01 has no user" in refusal(features.assign(monthly_fee=np.nan), labels)
-    assert "churn_label is False for every user of 2024-01" in refusal(features, labels.assign(churn_label=False))
 
 
 def test_an_absent_column_is_refused(month):
@@ -219,8 +314,27 @@ def test_an_absent_column_is_refused(month):
 
 
 def test_a_column_added_to_the_contract_is_in_the_dataset():
-    wider = handmade_dataset(60, contract=contract_with_contract_type())
-    assert "contract_type" in wider.features
+    added = Column("coupons_used", "integer", "Coupons used.", unit="coupons", low=0, high=9, view="contract_fv")
+    wider = replace(SUBSCRIPTIONS, columns=(*SUBSCRIPTIONS.columns, added))
+    tables = tuple(wider if table is SUBSCRIPTIONS else table for table in CONTRACT.tables)
+    frame = handmade_dataset(60, contract=replace(CONTRACT, tables=tables)).frame
+    assert frame["coupons_used"].dtype == "int64"
+    assert list(frame).index("coupons_used") == list(frame).index("total_paid") + 1
+
+
+def test_a_model_takes_the_columns_of_its_service(dataset):
+    for service in CONTRACT.services:
+        assert list(dataset.frame[service.names]) == [column.name for column in service.columns]
+
+
+def test_the_rows_are_those_to_learn_from_and_those_held_out(dataset):
+    training, held_out = dataset.training_rows, dataset.holdout_rows
+    assert (len(training), len(held_out)) == ((~dataset.holdout).sum(), dataset.holdout.sum())
+    assert set(held_out["user_id"]) == {user for user in dataset.frame["user_id"] if split([user])[0]}
+    together = pd.concat([training, held_out]).sort_values("user_id", ignore_index=True)
+    pd.testing.assert_frame_equal(together, dataset.frame)
+    assert training.index.tolist() == list(range(len(training)))
+    assert held_out.index.tolist() == list(range(len(held_out)))
 
 
 def test_real_january(real_data):
@@ -229,6 +343,66 @@ def test_real_january(real_data):
     assert frame["plan_stream_tv"].sum() == 2707
     assert frame.set_index("user_id").loc["7590-VHVEG", "monthly_fee"] == 29.85
     assert frame["churn_label"].mean() == pytest.approx(0.265, abs=0.0005)
+
+
+# The meaning of columns
+
+
+NOW = datetime(2024, 2, 3, tzinfo=UTC)
+
+
+def written(table, relation=None, **meanings):
+    """January of a relation as the warehouse records it; a meaning of None was not recorded."""
+    recorded = {column.name: column.meaning for column in table.values} | meanings
+    facts = {"meanings": {name: meaning for name, meaning in recorded.items() if meaning}, "missing": 0}
+    return MonthWrite(relation or str(table.snapshot), JANUARY, 1, "d", 9, {}, NOW, facts)
+
+
+@pytest.mark.parametrize("table", CONTRACT.snapshots)
+def test_columns_that_mean_what_they_meant_are_trained_on(table):
+    require_meanings(written(table))
+    require_meanings(written(LABELS, "labels"))
+
+
+def contract_where(column, **changes):
+    """The contract with another statement about one column."""
+    tables = []
+    for table in CONTRACT.tables:
+        columns = tuple(replace(one, **changes) if one.name == column else one for one in table.columns)
+        tables.append(replace(table, columns=columns))
+    return replace(CONTRACT, tables=tuple(tables))
+
+
+@pytest.mark.parametrize(
+    ("table", "relation", "column", "changes"),
+    [
+        (USAGE, "usage_agg_30d_snapshots", "watch_hours_30d", {"unit": "min"}),
+        (SUBSCRIPTIONS, "subscriptions_profile_snapshots", "net_service", {"categories": ("DSL", "Fiber", "No")}),
+        (CONTRACT.tables[0], "users_snapshots", "user_is_senior", {"description": "60 years or older."}),
+        (LABELS, "labels", "churn_label", {"description": "The customer churns within three months."}),
+    ],
+)
+def test_a_column_whose_meaning_shifted_is_not_trained_on(table, relation, column, changes):
+    with pytest.raises(TrainingRefused) as refused:
+        require_meanings(written(table, relation), contract_where(column, **changes))
+    assert str(refused.value) == (
+        f"{table.file} of 2024-01 landed under another contract: {column} (means something else now); see that it is "
+        "right as the contract describes it now, correct it if it is not, land it again, "
+        "then run: streamflow run 2024-01"
+    )
+
+
+def test_a_month_without_recorded_meanings_is_not_trained_on():
+    unrecorded = replace(written(USAGE), facts={"missing": 0})
+    with pytest.raises(TrainingRefused, match=r"skips_7d \(no meaning was recorded\), rebuffer_events_7d"):
+        require_meanings(unrecorded)
+    with pytest.raises(TrainingRefused, match=r"contract: skips_7d \(no meaning was recorded\); see"):
+        require_meanings(written(USAGE, skips_7d=None))
+
+
+def test_what_is_not_trained_on_may_mean_something_else():
+    require_meanings(written(CONTRACT.tables[0], signup_date="another"))
+    require_meanings(written(USAGE), contract_where("watch_hours_30d", high=744))
 
 
 # The digest
@@ -309,7 +483,7 @@ def test_saved_dataset_comes_back_whole(dataset, tmp_path):
     path = save(replace(dataset, dropped=7), tmp_path / "datasets")
     back = load(path)
     assert path.name == f"{back.digest}.parquet"
-    assert (back.month, back.service, back.label, back.dropped) == (JANUARY, SERVICE, "churn_label", 7)
+    assert (back.month, back.label, back.dropped) == (JANUARY, "churn_label", 7)
     pd.testing.assert_frame_equal(back.frame, dataset.frame)
     assert (back.holdout == dataset.holdout).all()
 

@@ -22,7 +22,17 @@ from hypothesis import strategies as st
 from test_warehouse import execute, land, random_rows
 
 from streamflow import features, landing, stack
-from streamflow.contract import CONTRACT, LABELS, PAYMENTS, SUBSCRIPTIONS, SUPPORT, USER_ID, USERS
+from streamflow.contract import (
+    CONTRACT,
+    LABELS,
+    PAYMENTS,
+    SUBSCRIPTIONS,
+    SUPPORT,
+    USER_ID,
+    USERS,
+    Column,
+    FeatureService,
+)
 from streamflow.database import Database
 from streamflow.errors import UnknownMonth
 from streamflow.months import Month
@@ -88,15 +98,17 @@ def land_files(database: Database, folder: Path, month: Month) -> dict[str, pd.D
     for table in CONTRACT.tables:
         parsed = landing.parse((folder / table.file).read_bytes(), table, month)
         assert parsed.count == 0
-        write_month(database, table, month, parsed.values, digest="0" * 64, revision=1, now=NOW)
+        write_month(
+            database, table, month, parsed.values, digest="0" * 64, revision=1, meanings=table.meanings, now=NOW
+        )
         frames[table.name] = parsed.values.to_pandas().set_index(USER_ID)
     for table in CONTRACT.snapshots:
         build_snapshot(database, table, month, now=NOW)
     return frames
 
 
-def served(store: Any, users: Sequence[str]) -> dict[str, list[Any]]:
-    answer = store.get_online_features(store.get_feature_service(SERVICE.name), [{USER_ID: user} for user in users])
+def served(store: Any, users: Sequence[str], service: FeatureService = SERVICE) -> dict[str, list[Any]]:
+    answer = store.get_online_features(store.get_feature_service(service.name), [{USER_ID: user} for user in users])
     values: dict[str, list[Any]] = answer.to_dict()
     return values
 
@@ -105,16 +117,17 @@ def exactly(values: Sequence[Any]) -> list[tuple[type, Any]]:
     return [(type(value), value) for value in values]
 
 
-def test_every_user_is_served_the_snapshots_values(clean: Database, store: Any) -> None:
+def test_every_user_is_served_the_snapshots_values_by_every_service(clean: Database, store: Any) -> None:
     users = [f"user-{number}" for number in range(200)]
     landed = land(clean, JANUARY, users, seed=5)
     for view in CONTRACT.views:
         features.publish(clean, store, view, JANUARY, now=NOW)
-    answer = served(store, users)
-    assert set(answer) == {USER_ID, *(column.name for column in SERVICE.columns)}
-    for view in SERVICE.views:
-        for column in view.columns:
-            assert exactly(answer[column.name]) == exactly(landed[view.table.name][column.name].to_pylist())
+    for service in CONTRACT.services:
+        answer = served(store, users, service)
+        assert set(answer) == {USER_ID, *service.names}
+        for view in service.views:
+            for column in service.columns_of(view):
+                assert exactly(answer[column.name]) == exactly(landed[view.table.name][column.name].to_pylist())
 
 
 def test_every_real_user_is_served_the_files_values(clean: Database, store: Any, real_data: Path) -> None:
@@ -123,8 +136,9 @@ def test_every_real_user_is_served_the_files_values(clean: Database, store: Any,
         features.publish(clean, store, view, JANUARY, now=NOW)
     users = list(frames["users"].index)
     assert len(users) == 7043
-    answer = served(store, users)
-    for view in SERVICE.views:
+    answer = served(store, users, CONTRACT.service("churn_v2_protected"))
+    assert set(answer) == {USER_ID, *(column.name for column in CONTRACT.features)}
+    for view in CONTRACT.views:
         for column in view.columns:
             assert exactly(answer[column.name]) == exactly(frames[view.table.name].loc[users, column.name].tolist())
     assert (users[0], answer["monthly_fee"][0]) == ("7590-VHVEG", 29.85)
@@ -149,7 +163,7 @@ def test_nulls_do_not_take_bits_from_their_neighbours(clean: Database, store: An
     rows = random_rows(SUBSCRIPTIONS, ["a"])
     rows = rows.set_column(1, "months_active", pa.array([2**53 - 1]))
     for table, values in ((USERS, random_rows(USERS, ["a", "b"])), (SUBSCRIPTIONS, rows)):
-        write_month(clean, table, JANUARY, values, digest="0" * 64, revision=1, now=NOW)
+        write_month(clean, table, JANUARY, values, digest="0" * 64, revision=1, meanings=table.meanings, now=NOW)
     build_snapshot(clean, SUBSCRIPTIONS, JANUARY, now=NOW)
     publish(clean, store, JANUARY)
     assert {user: values[1] for user, values in online(clean).items()} == {"a": 2**53 - 1, "b": None}
@@ -164,7 +178,7 @@ def test_what_was_published_is_recorded(clean: Database, store: Any) -> None:
     assert published == replace(
         snapshot, relation="subs_profile_fv", sources={PROFILE.snapshot: snapshot.as_source}, written_at=NOW
     )
-    assert (published.rows, published.facts) == (2, {"missing": 1})
+    assert (published.rows, published.facts["missing"]) == (2, 1)
 
 
 def test_a_month_without_a_snapshot_cannot_be_published(clean: Database, store: Any) -> None:
@@ -329,15 +343,15 @@ def test_a_correction_and_an_older_month_at_the_same_time(
 
 def label(database: Database, month: Month, labels: dict[str, bool]) -> None:
     rows = pa.table({USER_ID: list(labels), "churn_label": list(labels.values())})
-    write_month(database, LABELS, month, rows, digest="0" * 64, revision=1, now=NOW)
+    write_month(database, LABELS, month, rows, digest="0" * 64, revision=1, meanings=LABELS.meanings, now=NOW)
 
 
 def retrieve(store: Any, month: Month, **changes: Any) -> pd.DataFrame:
-    frame = features.historical_features(store, SERVICE, month, replace(CONTRACT, **changes))
+    frame = features.historical_features(store, month, replace(CONTRACT, **changes))
     return frame.set_index(USER_ID).sort_index()
 
 
-FEATURE_TABLES = tuple(view.table for view in SERVICE.views)
+FEATURES = [column.name for column in CONTRACT.features]
 
 
 @pytest.fixture
@@ -349,7 +363,7 @@ def leaky(clean: Database) -> Database:
     users = {JANUARY: ["a", "b", "c", "gone"], FEBRUARY: ["a", "b", "c"], MARCH: ["a", "b", "c", "late"]}
     churned = {"a": True, "b": False, "c": True, "gone": True, "late": True}
     for month in MONTHS:
-        land(clean, month, users[month], seed=month.number, tables=(USERS, *FEATURE_TABLES))
+        land(clean, month, users[month], seed=month.number, tables=CONTRACT.snapshots)
         label(clean, month, {user: churned[user] == (month == FEBRUARY) for user in users[month]})
     telling = {
         PAYMENTS: lambda user: {"failed_payments_90d": 1000 * churned[user]},
@@ -360,7 +374,7 @@ def leaky(clean: Database) -> Database:
     }
     for table, values in telling.items():
         rows = pa.Table.from_pylist([{USER_ID: user, **values(user)} for user in users[MARCH]])
-        write_month(clean, table, MARCH, rows, digest="0" * 64, revision=9, now=NOW)
+        write_month(clean, table, MARCH, rows, digest="0" * 64, revision=9, meanings=table.meanings, now=NOW)
         build_snapshot(clean, table, MARCH, now=NOW)
     return clean
 
@@ -368,7 +382,7 @@ def leaky(clean: Database) -> Database:
 def as_landed(users: list[str], seed: int) -> dict[str, list[Any]]:
     return {
         column.name: random_rows(view.table, users, seed)[column.name].to_pylist()
-        for view in SERVICE.views
+        for view in CONTRACT.views
         for column in view.columns
     }
 
@@ -376,7 +390,7 @@ def as_landed(users: list[str], seed: int) -> dict[str, list[Any]]:
 def test_features_are_those_of_the_day_and_none_from_later(leaky: Database, store: Any) -> None:
     frame = retrieve(store, FEBRUARY)
     assert list(frame.index) == ["a", "b", "c"]
-    assert list(frame.columns) == ["event_timestamp", *(column.name for column in SERVICE.columns)]
+    assert list(frame.columns) == ["event_timestamp", *FEATURES]
     assert set(pd.to_datetime(frame["event_timestamp"], utc=True)) == {pd.Timestamp("2024-02-29", tz="UTC")}
     values = as_landed(["a", "b", "c"], FEBRUARY.number)
     assert {name: frame[name].tolist() for name in values} == values
@@ -387,7 +401,7 @@ def test_features_are_those_of_the_day_and_none_from_later(leaky: Database, stor
 
 def test_later_months_change_nothing_in_what_was_retrieved(leaky: Database, store: Any) -> None:
     january, february = retrieve(store, JANUARY), retrieve(store, FEBRUARY)
-    land(leaky, MARCH, ["a", "b", "gone", "new"], seed=77, tables=(USERS, *FEATURE_TABLES))
+    land(leaky, MARCH, ["a", "b", "gone", "new"], seed=77, tables=CONTRACT.snapshots)
     label(leaky, MARCH, {"a": True, "new": False})
     pd.testing.assert_frame_equal(retrieve(store, JANUARY), january)
     pd.testing.assert_frame_equal(retrieve(store, FEBRUARY), february)
@@ -397,25 +411,26 @@ def test_a_user_whom_the_month_does_not_know_has_no_features_of_an_earlier_one(l
     label(leaky, FEBRUARY, {"a": True, "gone": True, "late": False})
     frame = retrieve(store, FEBRUARY)
     assert list(frame.index) == ["a", "gone", "late"]
-    unknown = frame.loc[["gone", "late"], [column.name for column in SERVICE.columns]]
+    unknown = frame.loc[["gone", "late"], FEATURES]
     assert unknown.isna().all(axis=None)
     assert frame.loc["a", "monthly_fee"] == as_landed(["a", "b", "c"], FEBRUARY.number)["monthly_fee"][0]
 
 
 def test_a_user_whom_a_file_of_the_month_lacks_has_nulls_there(leaky: Database, store: Any) -> None:
-    land(leaky, FEBRUARY, ["a", "b", "c"], seed=2, lacking={"subscriptions": ["b"]}, tables=(USERS, *FEATURE_TABLES))
+    land(leaky, FEBRUARY, ["a", "b", "c"], seed=2, lacking={"subscriptions": ["b"]}, tables=CONTRACT.snapshots)
     frame = retrieve(store, FEBRUARY)
-    profile = [column.name for column in PROFILE.columns]
-    assert frame.loc["b", profile].isna().all()
-    assert frame.drop(columns=profile).notna().all(axis=None)
-    assert frame.loc[["a", "c"], profile].notna().all(axis=None)
+    lacking = [column.name for column in CONTRACT.features if column in SUBSCRIPTIONS.columns]
+    assert len(lacking) == 8
+    assert frame.loc["b", lacking].isna().all()
+    assert frame.drop(columns=lacking).notna().all(axis=None)
+    assert frame.loc[["a", "c"], lacking].notna().all(axis=None)
 
 
 def test_labels_of_a_later_month_meet_the_features_of_this_one(leaky: Database, store: Any) -> None:
     frame = retrieve(store, FEBRUARY, label_horizon_months=1)
     assert list(frame.index) == ["a", "b", "c", "late"]
     assert frame["monthly_fee"].tolist()[:3] == as_landed(["a", "b", "c"], FEBRUARY.number)["monthly_fee"]
-    assert frame.loc["late", [column.name for column in SERVICE.columns]].isna().all()
+    assert frame.loc["late", FEATURES].isna().all()
 
 
 def test_a_month_without_labels_trains_nothing(leaky: Database, store: Any) -> None:
@@ -439,7 +454,7 @@ def process_in_tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_server_and_a_process_elsewhere_make_no_difference(
     leaky: Database, store: Any, new_database: Callable[[], Database]
 ) -> None:
-    land(leaky, FEBRUARY, ["a", "b", "c"], seed=2, tables=(USERS, *FEATURE_TABLES))
+    land(leaky, FEBRUARY, ["a", "b", "c"], seed=2, tables=CONTRACT.snapshots)
     publish(leaky, store, FEBRUARY)
     elsewhere = new_database()
     name = elsewhere.url.rpartition("/")[2]
@@ -448,7 +463,7 @@ def test_a_server_and_a_process_elsewhere_make_no_difference(
     migrate(elsewhere)
     other = features.feature_store(elsewhere)
     features.apply(other)
-    land(elsewhere, FEBRUARY, ["a", "b", "c"], seed=2, tables=(USERS, *FEATURE_TABLES))
+    land(elsewhere, FEBRUARY, ["a", "b", "c"], seed=2, tables=CONTRACT.snapshots)
     label(elsewhere, FEBRUARY, {"a": True, "b": False, "c": True})
     publish(elsewhere, other, FEBRUARY)
     assert online(elsewhere) == online(leaky)
@@ -477,6 +492,26 @@ def test_any_password_reaches_feast(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.online_store.url == url
 
 
+def test_a_service_has_nothing_of_a_view_all_of_whose_columns_are_protected() -> None:
+    """Feast would take an empty part of a view for the whole."""
+    protected = tuple(replace(one, protected=one.view == "customer_fv") for one in USERS.columns)
+    contract = replace(CONTRACT, tables=(replace(USERS, columns=protected), *CONTRACT.tables[1:]))
+    for service, made in zip(contract.services, features.feature_services(contract), strict=True):
+        taken = {one.name: [field.name for field in one.features] for one in made.feature_view_projections}
+        assert [name for names in taken.values() for name in names] == service.names
+        assert ("customer_fv" in taken) == (service.name == "churn_v2_protected")
+
+
+def test_a_service_whose_features_are_not_online_is_noticed(database: Database, store: Any) -> None:
+    for service in CONTRACT.services:
+        assert features.offline(database, service) == ()
+    added = Column("coupons_used", "integer", "Coupons used.", view="contract_fv")
+    wider = replace(SUBSCRIPTIONS, columns=(*SUBSCRIPTIONS.columns, added))
+    contract = replace(CONTRACT, tables=tuple(wider if one is SUBSCRIPTIONS else one for one in CONTRACT.tables))
+    offline = [features.offline(database, service) for service in contract.services]
+    assert offline == [(), ("coupons_used",), ("coupons_used",)]
+
+
 def test_the_repository_registers_what_the_contract_states(store: Any) -> None:
     from feature_repo import definitions
 
@@ -486,7 +521,15 @@ def test_the_repository_registers_what_the_contract_states(store: Any) -> None:
         assert getattr(definitions, view.name).name == view.name
         assert [field.name for field in views[view.name].features] == [column.name for column in view.columns]
         assert views[view.name].entities == ["user"]
-    assert definitions.churn_v1.name == store.get_feature_service("churn_v1").name
+    assert sorted(one.name for one in store.list_feature_services()) == sorted(one.name for one in CONTRACT.services)
+    for service in CONTRACT.services:
+        registered = store.get_feature_service(service.name).feature_view_projections
+        taken = {one.name: [field.name for field in one.features] for one in registered}
+        assert taken == {view.name: [column.name for column in service.columns_of(view)] for view in service.views}
+        assert getattr(definitions, service.name).name == service.name
+    assert {"user_gender", "user_is_senior"}.isdisjoint(
+        field.name for one in store.get_feature_service("churn_v2").feature_view_projections for field in one.features
+    )
     assert definitions.user.join_key == "user_id"
 
 

@@ -165,6 +165,27 @@ def test_only_a_changed_table_gets_a_revision_and_the_old_bytes_stay(zone: Landi
     assert zone.path(JANUARY, "payments_agg_90d") == old
 
 
+def test_the_same_bytes_land_anew_where_the_contract_gives_a_column_another_meaning(
+    zone: LandingZone, folder: Path
+) -> None:
+    first = zone.land(folder, JANUARY, NOW)
+    subscriptions = CONTRACT.table("subscriptions")
+    assert first.manifest.current["subscriptions"].meanings == subscriptions.meanings
+    columns = tuple(
+        replace(column, unit="cents/month") if column.name == "monthly_fee" else column
+        for column in subscriptions.columns
+    )
+    changed = replace(subscriptions, columns=columns)
+    tables = tuple(changed if table is subscriptions else table for table in CONTRACT.tables)
+    since = LandingZone(zone.home, replace(CONTRACT, tables=tables))
+
+    again = since.land(folder, JANUARY, LATER)
+    assert {name: revision.revision for name, revision in again.changed.items()} == {"subscriptions": 2}
+    assert again.changed["subscriptions"].sha256 == first.changed["subscriptions"].sha256
+    assert again.changed["subscriptions"].meanings == changed.meanings != subscriptions.meanings
+    assert since.land(folder, JANUARY, LATER).changed == {}
+
+
 def test_months_are_independent_and_listed_in_order(zone: LandingZone, folder: Path) -> None:
     for month in (Month(2024, 2), JANUARY):
         zone.land(folder, month, NOW)

@@ -1,21 +1,30 @@
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, date, datetime
+from typing import Any
 
 import pytest
 
 from streamflow.contract import CONTRACT
 from streamflow.landing import MonthManifest, Revision
 from streamflow.months import Month
-from streamflow.promotion import Entry, Version
+from streamflow.promotion import Action, Entry, Version
 from streamflow.status import MEANINGS, month_status, production_status, relations
 from streamflow.warehouse import MonthWrite
 
 JANUARY = Month(2024, 1)
 NOW = datetime(2024, 2, 3, tzinfo=UTC)
 TABLES = ("users", "subscriptions", "usage_agg_30d", "payments_agg_90d", "support_agg_90d", "labels")
-VIEWS = ("subs_profile_fv", "usage_agg_30d_fv", "payments_agg_90d_fv", "support_agg_90d_fv")
+VIEWS = (
+    "subs_profile_fv",
+    "usage_agg_30d_fv",
+    "payments_agg_90d_fv",
+    "support_agg_90d_fv",
+    "contract_fv",
+    "customer_fv",
+)
 SNAPSHOTS = (
+    "users_snapshots",
     "subscriptions_profile_snapshots",
     "usage_agg_30d_snapshots",
     "payments_agg_90d_snapshots",
@@ -73,7 +82,9 @@ def test_the_graph_is_told_upstream_first() -> None:
     for name, sources in relations().items():
         assert set(sources) <= seen, name
         seen.add(name)
+        assert len(set(sources)) == len(sources), name
     assert seen == set(EVERYTHING)
+    assert relations()["users_snapshots"] == ("users",)
 
 
 WITHOUT_LABELS = tuple(name for name in relations() if name != "labels" and name not in MODEL)
@@ -107,7 +118,7 @@ def test_states(landed: MonthManifest, written: dict[str, MonthWrite], state: st
     [
         ("usage_agg_30d", {"usage_agg_30d_snapshots", "usage_agg_30d_fv", *MODEL}),
         ("payments_agg_90d", {"payments_agg_90d_snapshots", "payments_agg_90d_fv", *MODEL}),
-        ("subscriptions", {"subscriptions_profile_snapshots", "subs_profile_fv", *MODEL}),
+        ("subscriptions", {"subscriptions_profile_snapshots", "subs_profile_fv", "contract_fv", *MODEL}),
         ("labels", set(MODEL)),
         ("users", {*SNAPSHOTS, *VIEWS, *MODEL}),
     ],
@@ -158,15 +169,19 @@ def test_a_second_labels_file_of_a_month_without_labels_is_no_concern_of_its_fea
 # --- production ---------------------------------------------------------------------------------------------------
 
 
+UNSEEN: Any = None
+"""The evidence, which the status does not look at."""
+
+
 def version(number: int) -> Version:
     sha = "a" * 64
     as_of = date(2024, number, 28)
-    return Version(number, f"run-{number}", as_of, "churn_v1", 0.4, "scorer", sha, sha, sha, {}, (), {}, NOW)
+    return Version(number, f"run-{number}", as_of, "churn_v1", 0.4, "scorer", sha, sha, sha, UNSEEN, {}, NOW)
 
 
-def entry(action: str, number: int, by: str, day: int) -> Entry:
+def entry(action: Action, number: int, by: str, day: int, threshold: float | None = None) -> Entry:
     at = datetime(2024, 3, day, tzinfo=UTC)
-    return Entry(at, action, number, None, by, "because", "manual", override=False, gates=())  # type: ignore[arg-type]
+    return Entry(at, action, number, None, by, "because", "manual", override=False, gates=(), threshold=threshold)
 
 
 def test_production_is_what_the_ledger_says_since_when_and_by_whom() -> None:
@@ -183,6 +198,25 @@ def test_production_is_what_the_ledger_says_since_when_and_by_whom() -> None:
     status = production_status([*entries, entry("rollback", 1, "dora", 4)], versions)
     assert status is not None
     assert (status.version, status.promoted_by) == (1, "dora")
+
+
+def test_a_threshold_that_was_decided_later_is_the_one_in_force() -> None:
+    versions = [version(1), version(2)]
+    entries = [
+        entry("promote", 1, "anna", 1),
+        entry("threshold", 2, "ben", 2, threshold=0.9),
+        entry("threshold", 1, "carl", 3, threshold=0.2),
+        entry("wait", 2, "policy", 4),
+        entry("flag", 2, "mlflow", 5),
+    ]
+    status = production_status(entries, versions)
+    assert status is not None
+    assert (status.version, status.threshold) == (1, 0.2)
+    assert (status.promoted_by, status.promoted_at) == ("anna", datetime(2024, 3, 1, tzinfo=UTC))
+
+    status = production_status([*entries, entry("promote", 2, "dora", 6)], versions)
+    assert status is not None
+    assert (status.version, status.threshold) == (2, 0.9)
 
 
 def test_every_table_of_the_contract_is_in_the_tests_list() -> None:

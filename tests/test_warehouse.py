@@ -8,6 +8,7 @@ from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
+import alembic.command
 import numpy as np
 import psycopg
 import pyarrow as pa
@@ -85,7 +86,16 @@ def land(
         absent = (lacking or {}).get(table.name, ())
         rows = random_rows(table, users, seed)
         landed[table.name] = rows.filter(pa.array([user not in absent for user in users]))
-        write_month(database, table, month, landed[table.name], digest=f"{seed:064x}", revision=seed + 1, now=NOW)
+        write_month(
+            database,
+            table,
+            month,
+            landed[table.name],
+            digest=f"{seed:064x}",
+            revision=seed + 1,
+            meanings=table.meanings,
+            now=NOW,
+        )
     for table in tables:
         if table.snapshot:
             build_snapshot(database, table, month, now=NOW)
@@ -148,7 +158,7 @@ def test_a_second_migration_changes_nothing(new_database: Callable[[], Database]
     database = new_database()
     relations = [name for table in CONTRACT.tables for name in (table.name, table.snapshot) if name]
     assert migrate(database) == [
-        "migrated from an empty database to 0001",
+        "migrated from an empty database to 0002",
         *(f"created {relation}" for relation in relations),
     ]
     made = definition(database)
@@ -170,6 +180,28 @@ def test_migrations_at_the_same_time_do_the_work_once(new_database: Callable[[],
     assert migrate(database) == []
 
 
+def test_versions_without_evidence_are_not_carried_over(
+    new_database: Callable[[], Database], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = new_database()
+    upgrade = alembic.command.upgrade
+    with monkeypatch.context() as earlier:
+        earlier.setattr("alembic.command.upgrade", lambda config, _: upgrade(config, "0001"))
+        migrate(database)
+    execute(
+        database,
+        """
+        INSERT INTO model_versions VALUES (
+            1, 'run', '2024-01-31', 'churn_v1', 0.5, 'scorer', 'sha', 'data', 'predictions', '{}', '[]', '{}',
+            '2024-02-01')
+        """,
+    )
+    before = definition(database)
+    with pytest.raises(ConfigurationError, match=r"registered without evidence.*another STREAMFLOW_HOME"):
+        migrate(database)
+    assert definition(database) == before
+
+
 def test_a_database_of_a_newer_version_is_left_alone(database: Database) -> None:
     before = definition(database)
     execute(database, "UPDATE alembic_version SET version_num = '9999'", owner=True)
@@ -177,7 +209,7 @@ def test_a_database_of_a_newer_version_is_left_alone(database: Database) -> None
         with pytest.raises(ConfigurationError, match=r"at migration 9999, which this version .* does not know"):
             migrate(database, _with(SUBSCRIPTIONS, Column("extra", "float", "")))
     finally:
-        execute(database, "UPDATE alembic_version SET version_num = '0001'", owner=True)
+        execute(database, "UPDATE alembic_version SET version_num = '0002'", owner=True)
     assert definition(database) == before
 
 
@@ -271,7 +303,16 @@ def test_copy_brings_every_block(scratch: psycopg.Connection[Any], monkeypatch: 
 
 
 def put(database: Database, month: Month, rows: pa.Table, *, revision: int = 1) -> MonthWrite:
-    return write_month(database, SUBSCRIPTIONS, month, rows, digest=f"{revision:064x}", revision=revision, now=NOW)
+    return write_month(
+        database,
+        SUBSCRIPTIONS,
+        month,
+        rows,
+        digest=f"{revision:064x}",
+        revision=revision,
+        meanings=SUBSCRIPTIONS.meanings,
+        now=NOW,
+    )
 
 
 def test_a_month_replaces_what_that_month_had_and_nothing_else(clean: Database) -> None:
@@ -286,7 +327,8 @@ def test_a_month_replaces_what_that_month_had_and_nothing_else(clean: Database) 
     with clean.connect() as connection:
         assert month_write(connection, "subscriptions", JANUARY) == written
         assert month_write(connection, "subscriptions", FEBRUARY).revision == 1
-    assert written == MonthWrite("subscriptions", JANUARY, 2, f"{2:064x}", 2, {}, NOW)
+    facts = {"meanings": {column.name: column.meaning for column in SUBSCRIPTIONS.values}}
+    assert written == MonthWrite("subscriptions", JANUARY, 2, f"{2:064x}", 2, {}, NOW, facts)
 
 
 def test_a_server_with_other_habits_makes_no_difference(new_database: Callable[[], Database]) -> None:
@@ -428,6 +470,9 @@ def test_writers_of_different_months_do_not_wait(clean: Database, monkeypatch: p
 # --- snapshots --------------------------------------------------------------------------------------------------
 
 
+MEANINGS = {column.name: column.meaning for column in SUBSCRIPTIONS.values}
+
+
 def test_a_snapshot_has_a_row_for_each_user_of_the_month(clean: Database) -> None:
     landed = land(clean, JANUARY, PEOPLE, seed=1, lacking={"subscriptions": ["u2", "u7"]})
     february = land(clean, FEBRUARY, PEOPLE[:3], seed=2)
@@ -441,13 +486,13 @@ def test_a_snapshot_has_a_row_for_each_user_of_the_month(clean: Database) -> Non
     with clean.connect() as connection:
         written = month_write(connection, SNAPSHOT, JANUARY)
         assert written.rows == 10
-        assert written.facts == {"missing": 2}
+        assert written.facts == {"missing": 2, "meanings": MEANINGS}
         assert written.revision == 2
         assert written.digest == snapshot_digest(connection, SUBSCRIPTIONS, JANUARY)
         assert written.sources == {
             name: month_write(connection, name, JANUARY).as_source for name in ("users", "subscriptions")
         }
-        assert month_write(connection, SNAPSHOT, FEBRUARY).facts == {"missing": 0}
+        assert month_write(connection, SNAPSHOT, FEBRUARY).facts == {"missing": 0, "meanings": MEANINGS}
 
 
 def test_rows_of_strangers_stay_out_of_a_snapshot_and_hide_nobody_who_is_missing(clean: Database) -> None:
@@ -457,10 +502,42 @@ def test_rows_of_strangers_stay_out_of_a_snapshot_and_hide_nobody_who_is_missing
         SUBSCRIPTIONS: random_rows(SUBSCRIPTIONS, ["c", "left", "gone", "away"]),
     }
     for table, values in rows.items():
-        write_month(clean, table, JANUARY, values, digest="0" * 64, revision=1, now=NOW)
+        write_month(clean, table, JANUARY, values, digest="0" * 64, revision=1, meanings=table.meanings, now=NOW)
     written = build_snapshot(clean, SUBSCRIPTIONS, JANUARY, now=NOW)
     assert sorted(user for _, user in held(clean, SNAPSHOT)) == ["a", "b", "c"]
-    assert (written.rows, written.facts) == (3, {"missing": 2})
+    assert (written.rows, written.facts) == (3, {"missing": 2, "meanings": MEANINGS})
+
+
+def test_the_snapshot_of_users_is_users_and_made_from_nothing_else(clean: Database) -> None:
+    landed = land(clean, JANUARY, PEOPLE, seed=1)["users"]
+    land(clean, FEBRUARY, PEOPLE[:3], seed=2)
+    january = {key: row for key, row in held(clean, str(USERS.snapshot)).items() if key[0] == JANUARY.as_of}
+    assert january == expected(landed, JANUARY.as_of)
+    with clean.connect() as connection:
+        users = month_write(connection, "users", JANUARY)
+        written = month_write(connection, "users_snapshots", JANUARY)
+    assert written.sources == {"users": users.as_source}
+    assert (written.rows, written.revision) == (10, users.revision)
+    assert written.facts == {"missing": 0, **users.facts}
+
+
+def test_a_snapshot_has_the_meanings_that_its_values_were_written_with(clean: Database) -> None:
+    """Whatever the contract says by the time that it is built."""
+    columns = [
+        replace(column, unit="cents") if column.unit == "currency" else column for column in SUBSCRIPTIONS.columns
+    ]
+    before = replace(SUBSCRIPTIONS, columns=tuple(columns))
+    land(clean, JANUARY, PEOPLE, tables=[USERS, before])
+    written = build_snapshot(clean, SUBSCRIPTIONS, JANUARY, now=NOW)
+    meanings = written.facts["meanings"]
+    assert {name for name in meanings if meanings[name] != MEANINGS[name]} == {"total_paid"}
+    assert meanings.keys() == MEANINGS.keys()
+
+
+def test_a_snapshot_of_rows_that_were_written_without_meanings_has_none(clean: Database) -> None:
+    land(clean, JANUARY, PEOPLE)
+    execute(clean, "UPDATE month_writes SET facts = '{}' WHERE relation = 'subscriptions'")
+    assert build_snapshot(clean, SUBSCRIPTIONS, JANUARY, now=NOW).facts == {"missing": 0, "meanings": {}}
 
 
 def test_a_snapshot_again_replaces_that_day_only(clean: Database) -> None:
@@ -479,7 +556,7 @@ def test_a_snapshot_needs_both_tables(clean: Database, absent: str) -> None:
     for table in (USERS, SUBSCRIPTIONS):
         if table.name != absent:
             rows = random_rows(table, PEOPLE)
-            write_month(clean, table, FEBRUARY, rows, digest="0" * 64, revision=1, now=NOW)
+            write_month(clean, table, FEBRUARY, rows, digest="0" * 64, revision=1, meanings=table.meanings, now=NOW)
     with pytest.raises(UnknownMonth, match=f"^{absent} holds nothing for 2024-02; land the month and materialize"):
         build_snapshot(clean, SUBSCRIPTIONS, FEBRUARY, now=NOW)
     assert held(clean, SNAPSHOT) == before[0]
@@ -519,7 +596,9 @@ def test_a_connection_lost_while_building_leaves_the_old_snapshot(
 def test_a_snapshots_digest_is_that_of_its_content(clean: Database) -> None:
     users = ["Z", "a", "B", "_", "1", "10", "9", "a-b", "a.b", "ab"]
     rows = random_rows(SUBSCRIPTIONS, users)
-    write_month(clean, USERS, JANUARY, random_rows(USERS, users), digest="0" * 64, revision=1, now=NOW)
+    write_month(
+        clean, USERS, JANUARY, random_rows(USERS, users), digest="0" * 64, revision=1, meanings=USERS.meanings, now=NOW
+    )
     digests = set()
     for order in (range(10), range(9, -1, -1), np.random.default_rng(1).permutation(10)):
         put(clean, JANUARY, rows.take(pa.array(order)))
@@ -528,7 +607,9 @@ def test_a_snapshots_digest_is_that_of_its_content(clean: Database) -> None:
 
     put(clean, JANUARY, rows.slice(1))
     assert build_snapshot(clean, SUBSCRIPTIONS, JANUARY, now=NOW).digest not in digests
-    write_month(clean, USERS, FEBRUARY, random_rows(USERS, users), digest="0" * 64, revision=1, now=NOW)
+    write_month(
+        clean, USERS, FEBRUARY, random_rows(USERS, users), digest="0" * 64, revision=1, meanings=USERS.meanings, now=NOW
+    )
     put(clean, FEBRUARY, rows)
     assert build_snapshot(clean, SUBSCRIPTIONS, FEBRUARY, now=NOW).digest not in digests
 
@@ -720,9 +801,12 @@ def test_labels_are_those_of_the_month(clean: Database) -> None:
 # --- rights -----------------------------------------------------------------------------------------------------
 
 VERSION = """
-    INSERT INTO model_versions VALUES (
+    INSERT INTO model_versions (
+        version, run_id, as_of, service, threshold, artifact_path, artifact_sha256, dataset_digest, predictions_digest,
+        evidence, lineage, registered_at
+    ) VALUES (
         {number}, 'run {number}', '2024-01-31', 'churn_v1', 0.5, 'scorer', 'sha', 'data', 'predictions',
-        '{{}}', '[]', '{{}}', '2024-02-01')
+        '{{}}', '{{}}', '2024-02-01')
 """
 DECISION = """
     INSERT INTO promotion_ledger (at, action, version, by, reason, policy, override, gates)
@@ -750,7 +834,7 @@ ATTACKS = [
         statement.format(table)
         for table in warehouse.INSERT_ONLY
         for statement in (
-            "UPDATE {} SET gates = '[1]'",
+            "UPDATE {} SET version = version",
             "DELETE FROM {}",
             "TRUNCATE {} CASCADE",
             "ALTER TABLE {} DISABLE TRIGGER append_only",
@@ -762,11 +846,15 @@ ATTACKS = [
             "DROP TRIGGER append_only ON {}",
             "CREATE TRIGGER other BEFORE INSERT ON {} FOR EACH ROW EXECUTE FUNCTION refuse_change()",
             "CREATE RULE other AS ON INSERT TO {} DO INSTEAD NOTHING",
-            "GRANT UPDATE ON {0} TO CURRENT_USER; UPDATE {0} SET gates = '[1]'",
+            "GRANT UPDATE ON {0} TO CURRENT_USER; UPDATE {0} SET version = version",
             "LOCK TABLE {} IN ACCESS EXCLUSIVE MODE",
         )
     ),
     "INSERT INTO model_versions SELECT * FROM model_versions ON CONFLICT (version) DO UPDATE SET threshold = 0.9",
+    "UPDATE model_versions SET evidence = '{}'",
+    "UPDATE promotion_ledger SET threshold = 0.9",
+    "ALTER TABLE promotion_ledger DROP COLUMN threshold",
+    "ALTER TABLE promotion_ledger DROP COLUMN registered_version",
     "DROP SCHEMA streamflow CASCADE",
     "CREATE TABLE streamflow.mine ()",
     "CREATE OR REPLACE FUNCTION streamflow.refuse_change() RETURNS trigger LANGUAGE sql AS 'SELECT NULL'",
@@ -802,7 +890,7 @@ def test_the_platforms_role_is_nothing_special(governed: Database) -> None:
 def test_even_the_owner_only_appends(governed: Database) -> None:
     before = governance(governed)
     for table in warehouse.INSERT_ONLY:
-        for statement in ("UPDATE {} SET gates = '[1]'", "DELETE FROM {}", "TRUNCATE {} CASCADE"):
+        for statement in ("UPDATE {} SET version = version", "DELETE FROM {}", "TRUNCATE {} CASCADE"):
             with pytest.raises(psycopg.errors.RaiseException, match=r"is append-only: (UPDATE|DELETE|TRUNCATE)"):
                 execute(governed, statement.format(table), owner=True)
     assert governance(governed) == before
