@@ -2,9 +2,15 @@
 
 Compiling, loading, scoring and comparing with the pipeline belong here. The service loads this module, so neither
 pandas, scikit-learn nor MLflow is imported for loading and scoring.
+
+A score has the same bits whatever else is in the batch: what works on whole arrays here compares, rounds, subtracts and
+multiplies element by element, and adds up in order, which BLAS and NumPy's exp do not promise. Nor does the kind of CPU
+change a bit, unless through the exp of its C library.
 """
 
+import ctypes
 import hashlib
+import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,10 +30,14 @@ if TYPE_CHECKING:
 
 MAX_DIFFERENCE = 1e-9
 GOLDEN_ROWS = 32
-FORMAT = 1
+FORMAT = 2
 _NAME = b"streamflow-scorer "
 _MAGIC = _NAME + f"{FORMAT:04d}\n".encode()
 _HEADER_SIZE = len(_MAGIC) + hashlib.sha256().digest_size
+# Numbers from here on are infinite in float32, which forests compare in; no estimator takes them.
+_TOO_LARGE = 2.0**128 - 2.0**103
+# Soon after, math.exp overflows; the sigmoid is below 1e-303 there.
+_LARGEST_EXPONENT = 700.0
 
 Value = bool | int | float | str
 Floats = NDArray[np.float64]
@@ -75,21 +85,37 @@ class EncodedColumn(msgspec.Struct, frozen=True):
 
 
 class TreeEnsemble(msgspec.Struct, frozen=True, tag="trees"):
-    """A treelite model (serialised, deflated) whose last output is the probability of churn.
+    """A treelite model (serialised, deflated) of one output: a forest's probability of churn, or boosting's log-odds.
 
     ``inputs`` is the precision that the trees were grown in, to which the inputs are rounded before they are compared
     with the trees' 64-bit thresholds: scikit-learn's forests compare in float32.
     """
 
-    inputs: Literal["float32"]
+    inputs: Literal["float32", "float64"]
     model: bytes
+
+
+class Linear(msgspec.Struct, frozen=True, tag="linear"):
+    """The intercept plus the sum, over the encoded columns, of coefficient * (number - mean)."""
+
+    means: tuple[float, ...]
+    coefficients: tuple[float, ...]
+    intercept: float
+
+
+class Sigmoid(msgspec.Struct, frozen=True):
+    """Makes the estimator's score s a probability: 1 / (1 + exp(-(slope * s + intercept))), after Platt (1999)."""
+
+    slope: float
+    intercept: float
 
 
 class _Artifact(msgspec.Struct, frozen=True):
     service: str
     features: tuple[ScorerFeature, ...]
     encoding: tuple[EncodedColumn, ...]
-    estimator: TreeEnsemble
+    estimator: TreeEnsemble | Linear
+    link: Sigmoid | None
     threshold: float
     golden_rows: tuple[tuple[Value, ...], ...]
     golden_probabilities: tuple[float, ...]
@@ -99,7 +125,8 @@ class Scorer:
     """Scores users in memory: the same features give the same bits, whatever else is in the batch, in any thread.
 
     ``service`` names the feature service, ``features`` are its features in the order that `score` takes them,
-    ``threshold`` is the probability from which on `decide` says churn.
+    ``threshold`` is the probability from which on `decide` says churn. ``tolerance`` is how far a probability may be
+    from the same one computed elsewhere.
     """
 
     def __init__(self, artifact: _Artifact) -> None:
@@ -109,10 +136,11 @@ class Scorer:
         self.threshold = artifact.threshold
         self.golden_rows = artifact.golden_rows
         self.golden_probabilities = np.array(artifact.golden_probabilities, dtype=np.float64)
+        self.tolerance = 0.0 if artifact.link is None else MAX_DIFFERENCE
         self._converters = [_converter(feature) for feature in artifact.features]
-        self._inputs = np.dtype(artifact.estimator.inputs)
         self._encode = _encoder(artifact.encoding)
-        self._estimate = _load_trees(artifact.estimator, columns=len(artifact.encoding))
+        self._estimate = _load(artifact.estimator, columns=len(artifact.encoding))
+        self._link = artifact.link
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Scorer":
@@ -141,7 +169,7 @@ class Scorer:
         """
         numbers = [self._numbers(index, row) for index, row in enumerate(rows)]
         matrix = np.array(numbers, dtype=np.float64).reshape(len(rows), len(self.features))
-        return self._estimate(self._encode(self._rounded(matrix)))
+        return self._probabilities(matrix)
 
     def score_columns(self, columns: Mapping[str, ArrayLike]) -> Floats:
         """As `score`, for many rows at once: an array for each feature, by name, such as a data frame holds.
@@ -149,10 +177,10 @@ class Scorer:
         Scored in sorted order, because similar rows walk the same branches, which are then in the processor's cache.
         """
         numbers = [_column_numbers(feature, np.asarray(columns[feature.name])) for feature in self.features]
-        matrix = self._rounded(np.column_stack(numbers))
+        matrix = np.column_stack(numbers)
         order = np.lexsort(matrix.T[::-1])
         probabilities = np.empty(len(matrix))
-        probabilities[order] = self._estimate(self._encode(matrix[order]))
+        probabilities[order] = self._probabilities(matrix[order])
         return probabilities
 
     def decide(self, probability: float) -> bool:
@@ -162,25 +190,21 @@ class Scorer:
     def _numbers(self, index: int, row: Sequence[object]) -> list[float]:
         try:
             return [convert(value) for convert, value in zip(self._converters, row, strict=True)]
-        except (KeyError, TypeError, OverflowError):
+        except (KeyError, TypeError):
             raise self._refusal(index, row) from None
 
     def _refusal(self, index: int, row: Sequence[object]) -> UnscorableFeatures:
         for feature, convert, value in zip(self.features, self._converters, row, strict=True):
             try:
                 convert(value)
-            except (KeyError, TypeError, OverflowError):
+            except (KeyError, TypeError):
                 return UnscorableFeatures(index, feature, value)
         raise AssertionError("a row that converts was refused")
 
-    def _rounded(self, numbers: Floats) -> Floats:
-        """A matrix with a column per feature, its value or the index of its category, in the estimator's precision."""
-        with np.errstate(over="ignore"):
-            rounded = numbers.astype(self._inputs).astype(np.float64)
-        if not np.isfinite(rounded).all():
-            row, feature = np.argwhere(~np.isfinite(rounded))[0].tolist()
-            raise UnscorableFeatures(row, self.features[feature], float(numbers[row, feature]))
-        return rounded
+    def _probabilities(self, numbers: Floats) -> Floats:
+        """From a matrix with a column per feature, its value or the index of its category."""
+        scores = self._estimate(self._encode(numbers))
+        return scores if self._link is None else _apply(self._link, scores)
 
 
 def _require_consistent(artifact: _Artifact) -> None:
@@ -191,9 +215,26 @@ def _require_consistent(artifact: _Artifact) -> None:
         and 0 < artifact.threshold < 1
         and 0 < len(artifact.golden_rows) == len(artifact.golden_probabilities)
         and all(len(row) == len(names) for row in artifact.golden_rows)
+        and all(0 <= probability <= 1 for probability in artifact.golden_probabilities)
     )
     if not fits:
         raise ArtifactRefused("the model artifact contradicts itself: its features, encoding and golden rows disagree")
+    if not (_fits(artifact.estimator, artifact.link, len(artifact.encoding)) and _is_finite(artifact.link)):
+        raise ArtifactRefused("the model artifact contradicts itself: its estimator, encoding and link disagree")
+
+
+def _fits(estimator: TreeEnsemble | Linear, link: Sigmoid | None, columns: int) -> bool:
+    if isinstance(estimator, TreeEnsemble):
+        return True
+    return (
+        link is not None
+        and len(estimator.means) == len(estimator.coefficients) == columns > 0
+        and all(map(math.isfinite, (*estimator.means, *estimator.coefficients, estimator.intercept)))
+    )
+
+
+def _is_finite(link: Sigmoid | None) -> bool:
+    return link is None or (math.isfinite(link.slope) and math.isfinite(link.intercept))
 
 
 def _points_into(column: EncodedColumn, features: tuple[ScorerFeature, ...]) -> bool:
@@ -206,7 +247,7 @@ def _points_into(column: EncodedColumn, features: tuple[ScorerFeature, ...]) -> 
 
 
 def _converter(feature: ScorerFeature) -> Callable[[Any], float]:
-    """Python value to number; raises KeyError, TypeError or OverflowError for what does not fit the feature."""
+    """Python value to number; raises KeyError or TypeError for what does not fit the feature."""
     match feature.kind:
         case "category":
             return {category: float(index) for index, category in enumerate(feature.categories)}.__getitem__
@@ -217,22 +258,24 @@ def _converter(feature: ScorerFeature) -> Callable[[Any], float]:
 
 
 def _number(value: object) -> float:
-    if isinstance(value, float | int):
-        return float(value)
+    if isinstance(value, (float, int)) and -_TOO_LARGE < value < _TOO_LARGE:
+        return value
     raise TypeError
 
 
 def _column_numbers(feature: ScorerFeature, values: NDArray[Any]) -> Floats:
-    if feature.kind != "category":
-        if values.dtype.kind not in ("b" if feature.kind == "boolean" else "iuf"):
-            raise UnscorableFeatures(0, feature, values[:1])
-        return values.astype(np.float64)
-    numbers = np.full(len(values), np.nan)
-    for index, category in enumerate(feature.categories):
-        numbers[values == category] = index
-    if (unknown := np.isnan(numbers)).any():
-        row = int(unknown.argmax())
-        raise UnscorableFeatures(row, feature, values[row])
+    if feature.kind == "category":
+        numbers = np.full(len(values), np.nan)
+        for index, category in enumerate(feature.categories):
+            numbers[values == category] = index
+    elif values.dtype.kind in ("b" if feature.kind == "boolean" else "iuf"):
+        numbers = values.astype(np.float64)
+    else:
+        raise UnscorableFeatures(0, feature, values[:1])
+    known = np.abs(numbers) < _TOO_LARGE
+    if not known.all():
+        row = int(known.argmin())
+        raise UnscorableFeatures(row, feature, values[row : row + 1].tolist()[0])
     return numbers
 
 
@@ -240,19 +283,38 @@ def _encoder(encoding: tuple[EncodedColumn, ...]) -> Callable[[Floats], Floats]:
     """From a column per feature to the matrix that the estimator takes."""
     sources = np.array([column.feature for column in encoding], dtype=np.intp)
     one_hot = np.array([column.category is not None for column in encoding], dtype=np.bool_)
-    categories = np.array([column.category for column in encoding if column.category is not None], dtype=np.float64)
+    categories = np.array([column.category or 0 for column in encoding], dtype=np.float64)
 
     def encode(numbers: Floats) -> Floats:
-        encoded = numbers[:, sources]
-        encoded[:, one_hot] = encoded[:, one_hot] == categories
+        encoded = numbers.take(sources, axis=1)
+        np.equal(encoded, categories, out=encoded, where=one_hot)
         return encoded
 
     return encode
 
 
+def _load(estimator: TreeEnsemble | Linear, *, columns: int) -> Callable[[Floats], Floats]:
+    """From the encoded matrix to the scores of its rows."""
+    if isinstance(estimator, TreeEnsemble):
+        return _load_trees(estimator, columns=columns)
+    means, coefficients = np.array(estimator.means), np.array(estimator.coefficients)
+    intercept = estimator.intercept
+
+    def estimate(encoded: Floats) -> Floats:
+        scores: Floats = np.add.accumulate((encoded - means) * coefficients, axis=1)[:, -1] + intercept
+        return scores
+
+    return estimate
+
+
 def _load_trees(trees: TreeEnsemble, *, columns: int) -> Callable[[Floats], Floats]:
-    """Ready treelite's predictor. It walks and adds up the trees of a row in a fixed order, one thread per call."""
+    """Ready treelite's predictor. It walks and adds up the trees of a row in a fixed order, one thread per call.
+
+    The C function is called directly: for one row, `gtil.predict` takes longer to prepare the call than the call takes.
+    """
     from treelite import Model, TreeliteError, gtil
+    from treelite.gtil.gtil import GTILConfig
+    from treelite.libpath import find_lib_path
 
     try:
         model = Model.deserialize_bytes(zlib.decompress(trees.model))
@@ -260,12 +322,35 @@ def _load_trees(trees: TreeEnsemble, *, columns: int) -> Callable[[Floats], Floa
         raise ArtifactRefused(f"the trees of the model artifact cannot be read: {error}") from None
     if model.num_feature != columns:
         raise ArtifactRefused(f"the trees of the model artifact take {model.num_feature} columns, not {columns}")
+    sample = gtil.predict(model, np.zeros((1, columns)), nthread=1, pred_margin=True)
+    if (model.input_type, sample.dtype, sample.shape) != ("float64", np.float64, (1, 1, 1)):
+        raise ArtifactRefused("the trees of the model artifact do not give one 64-bit score")
+    library = ctypes.CDLL(str(find_lib_path()[0]))
+    library.TreeliteGetLastError.restype = ctypes.c_char_p
+    predict = library.TreeliteGTILPredict
+    pointer = ctypes.c_void_p
+    predict.argtypes = (pointer, pointer, ctypes.c_char_p, ctypes.c_uint64, pointer, pointer)
+    config = GTILConfig(predict_type="raw", nthread=1)
+    in_float32 = trees.inputs == "float32"
 
     def estimate(encoded: Floats) -> Floats:
-        probabilities: Floats = gtil.predict(model, encoded, nthread=1)[:, 0, -1]
-        return probabilities
+        if in_float32:
+            encoded = encoded.astype(np.float32).astype(np.float64)
+        scores = np.empty(len(encoded))
+        failed = predict(model.handle, encoded.ctypes.data, b"float64", len(encoded), scores.ctypes.data, config.handle)
+        if failed:
+            raise TreeliteError(library.TreeliteGetLastError().decode())
+        return scores
 
     return estimate
+
+
+def _apply(link: Sigmoid, scores: Floats) -> Floats:
+    return np.array([_logistic(link.slope * score + link.intercept) for score in scores.tolist()], dtype=np.float64)
+
+
+def _logistic(log_odds: float) -> float:
+    return 1 / (1 + math.exp(min(-log_odds, _LARGEST_EXPONENT)))
 
 
 def sha256(data: bytes) -> str:
@@ -274,12 +359,14 @@ def sha256(data: bytes) -> str:
 
 
 def self_test(scorer: Scorer) -> None:
-    """Score the rows stored with the scorer; raises ArtifactRefused unless each result is the stored one, bit by bit.
+    """Score the rows stored with the scorer; raises ArtifactRefused unless each result is the stored one.
 
-    Trees only compare and add, in a fixed order, so that bit equality holds on every kind of CPU.
+    Bit by bit for a forest without link: it only compares, adds and divides, in a fixed order, which gives the same
+    bits on every kind of CPU. Within MAX_DIFFERENCE where a link takes exp, whose last bit is the C library's.
     """
     found = scorer.score(scorer.golden_rows)
-    if (differing := np.flatnonzero(found != scorer.golden_probabilities)).size:
+    within = np.abs(found - scorer.golden_probabilities) <= scorer.tolerance
+    if (differing := np.flatnonzero(~within)).size:
         row = int(differing[0])
         raise ArtifactRefused(
             f"the model artifact fails its self-test in {differing.size} of {found.size} rows: row {row} scores "
@@ -312,16 +399,18 @@ def compile_pipeline(model: "TrainedModel", dataset: "TrainingDataset") -> bytes
 
     The same model and dataset give the same bytes. Raises TrainingRefused for an estimator without a compiled form.
     """
-    from streamflow.training import CLASSIFIER, encoded_columns
+    from streamflow.training import encoded_columns
 
     features = _features(model.service)
     positions = np.linspace(0, len(dataset.frame) - 1, GOLDEN_ROWS).astype(np.intp)
-    rows = tuple(dataset.features.iloc[positions].itertuples(index=False, name=None))
+    rows = tuple(dataset.frame[model.service.names].iloc[positions].itertuples(index=False, name=None))
+    estimator, link = _compile(model.pipeline)
     draft = _Artifact(
         service=model.service.name,
         features=features,
         encoding=_encoding(features, encoded_columns(model.service)),
-        estimator=_compile_trees(model.pipeline[CLASSIFIER]),
+        estimator=estimator,
+        link=link,
         threshold=model.threshold,
         golden_rows=rows,
         golden_probabilities=(0.0,) * len(rows),
@@ -335,7 +424,7 @@ def _features(service: "FeatureService") -> tuple[ScorerFeature, ...]:
     return tuple(
         ScorerFeature(column.name, view.name, column.kind, column.categories)
         for view in service.views
-        for column in view.columns
+        for column in service.columns_of(view)
     )
 
 
@@ -349,20 +438,93 @@ def _encoding(
     )
 
 
-def _compile_trees(classifier: Any) -> TreeEnsemble:
+def _compile(pipeline: Any) -> tuple[TreeEnsemble | Linear, Sigmoid | None]:
     import treelite
-    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.ensemble import HistGradientBoostingClassifier, RandomForestClassifier
+    from sklearn.linear_model import LogisticRegression
 
-    if not isinstance(classifier, RandomForestClassifier):
-        raise TrainingRefused(f"{type(classifier).__name__} has no compiled form")
-    model = treelite.sklearn.import_model(classifier)
+    from streamflow.training import CLASSIFIER, PREPROCESSING
+
+    classifier, calibration = _unwrap(pipeline[CLASSIFIER])
+    match classifier:
+        case RandomForestClassifier():
+            forest = treelite.sklearn.import_model(classifier)
+            _keep_probability_of_churn(forest)
+            return _packed(forest, "float32"), calibration
+        case HistGradientBoostingClassifier():
+            boosting = treelite.sklearn.import_model(classifier)
+            _start_from_base_score(boosting)
+            return _packed(boosting, "float64"), calibration or Sigmoid(1.0, 0.0)
+        case LogisticRegression():
+            return _compile_linear(classifier, pipeline[PREPROCESSING]), calibration or Sigmoid(1.0, 0.0)
+    raise TrainingRefused(f"{type(classifier).__name__} has no compiled form")
+
+
+def _unwrap(classifier: Any) -> tuple[Any, Sigmoid | None]:
+    """The classifier inside threshold and calibration, and the calibration.
+
+    A `_SigmoidCalibration` of scikit-learn is 1 / (1 + exp(a_ * s + b_)), where s is the decision function, of a forest
+    the probability.
+    """
+    from sklearn.calibration import CalibratedClassifierCV
+    from sklearn.model_selection import FixedThresholdClassifier
+
+    if isinstance(classifier, FixedThresholdClassifier):
+        classifier = classifier.estimator_
+    if not isinstance(classifier, CalibratedClassifierCV):
+        return classifier, None
+    if classifier.method != "sigmoid" or len(classifier.calibrated_classifiers_) != 1:
+        raise TrainingRefused("only a calibration by one sigmoid (ensemble=False) has a compiled form")
+    (calibrated,) = classifier.calibrated_classifiers_
+    (sigmoid,) = calibrated.calibrators
+    return calibrated.estimator, Sigmoid(-float(sigmoid.a_), -float(sigmoid.b_))
+
+
+def _compile_linear(classifier: Any, preprocessing: Any) -> Linear:
+    from sklearn.preprocessing import StandardScaler
+
+    coefficients = classifier.coef_[0].astype(np.float64)
+    means = np.zeros_like(coefficients)
+    for name, transformer, _ in preprocessing.transformers_:
+        if isinstance(transformer, StandardScaler):
+            columns = preprocessing.output_indices_[name]
+            means[columns] = transformer.mean_
+            coefficients[columns] /= transformer.scale_
+    return Linear(tuple(means.tolist()), tuple(coefficients.tolist()), float(classifier.intercept_[0]))
+
+
+def _packed(model: Any, inputs: Literal["float32", "float64"]) -> TreeEnsemble:
+    """The serialised model without the statistics of training, which prediction never reads."""
     for index in range(model.num_tree):
-        _drop_training_statistics(model.get_tree_accessor(index))
-    return TreeEnsemble("float32", zlib.compress(model.serialize_bytes(), level=3))
+        tree = model.get_tree_accessor(index)
+        for field, dtype in (("data_count", np.uint64), ("sum_hess", np.float64), ("gain", np.float64)):
+            tree.set_field(field, np.zeros(0, dtype))
+            tree.set_field(f"{field}_present", np.zeros(0, np.uint8))
+    return TreeEnsemble(inputs, zlib.compress(model.serialize_bytes(), level=3))
 
 
-def _drop_training_statistics(tree: Any) -> None:
-    """Empty the per-node fields that prediction never reads: a quarter of the model, half of the deflated file."""
-    for field, dtype in (("data_count", np.uint64), ("sum_hess", np.float64), ("gain", np.float64)):
-        tree.set_field(field, np.zeros(0, dtype))
-        tree.set_field(f"{field}_present", np.zeros(0, np.uint8))
+def _keep_probability_of_churn(forest: Any) -> None:
+    """Leave each leaf the second of its two probabilities only: a smaller model, quicker by a sixth, of equal bits."""
+    for index in range(forest.num_tree):
+        tree = forest.get_tree_accessor(index)
+        begins, ends = (tree.get_field(f"leaf_vector_{edge}").astype(np.intp) for edge in ("begin", "end"))
+        leaves = ends > begins
+        values = tree.get_field("leaf_value").copy()
+        values[leaves] = tree.get_field("leaf_vector")[ends[leaves] - 1]
+        tree.set_field("leaf_value", values)
+        tree.set_field("leaf_vector", np.zeros(0))
+        for field in ("leaf_vector_begin", "leaf_vector_end"):
+            tree.set_field(field, np.zeros(len(ends), np.uint64))
+    header = forest.get_header_accessor()
+    header.set_field("num_class", np.ones(1, np.int32))
+    header.set_field("leaf_vector_shape", np.ones(2, np.int32))
+    header.set_field("base_scores", np.zeros(1))
+    for field in ("target_id", "class_id"):
+        header.set_field(field, np.zeros(forest.num_tree, np.int32))
+
+
+def _start_from_base_score(boosting: Any) -> None:
+    """Add the base score to the first tree, where scikit-learn begins; treelite adds it at the end, to other bits."""
+    header, tree = boosting.get_header_accessor(), boosting.get_tree_accessor(0)
+    tree.set_field("leaf_value", tree.get_field("leaf_value") + header.get_field("base_scores"))
+    header.set_field("base_scores", np.zeros(1))

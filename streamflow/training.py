@@ -1,31 +1,53 @@
-"""Estimators, and fitting one on a training dataset: preprocessing and classifier as one scikit-learn pipeline.
+"""Estimators, and fitting one on training rows: preprocessing, classifier, calibration and threshold as one pipeline.
 
-How good the fitted model is belongs to `evaluation.py`, the form that serves it to `scoring.py`.
+Which one is fitted belongs to `selection.py`, how good it is to `evaluation.py`, the form that serves it to
+`scoring.py`.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from streamflow.contract import Column, FeatureService
-from streamflow.dataset import TrainingDataset
+from streamflow.contract import USER_ID, Column, FeatureService
+from streamflow.dataset import folds
 from streamflow.errors import ConfigurationError, TrainingRefused
 
-THRESHOLD = 0.5
+if TYPE_CHECKING:
+    from streamflow.training_config import TrainingConfig
+
 PREPROCESSING = "preprocessing"
 CLASSIFIER = "classifier"
+_CORES = "n_jobs"
+_SEED = "random_state"
 
 
 @dataclass(frozen=True)
 class Estimator:
-    """A classifier by name: how scikit-learn's object is built, and with which hyper-parameters."""
+    """A classifier by name: ``build`` makes scikit-learn's from the hyper-parameters in ``fixed`` and training.toml.
+
+    ``scaled`` says that it takes numbers in units of their standard deviation; ``parallel`` that it can use cores.
+    """
 
     build: Callable[..., Any]
-    params: Mapping[str, Any]
+    scaled: bool = False
+    parallel: bool = False
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _logistic_regression(**params: Any) -> Any:
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(**params)
+
+
+def _gradient_boosting(**params: Any) -> Any:
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    return HistGradientBoostingClassifier(**params)
 
 
 def _random_forest(**params: Any) -> Any:
@@ -35,66 +57,145 @@ def _random_forest(**params: Any) -> Any:
 
 
 ESTIMATORS: Mapping[str, Estimator] = {
-    "random_forest_baseline": Estimator(
-        _random_forest, {"n_estimators": 300, "class_weight": "balanced", "random_state": 42}
-    ),
+    "logistic_regression": Estimator(_logistic_regression, scaled=True, fixed={"solver": "lbfgs"}),
+    "gradient_boosting": Estimator(_gradient_boosting, fixed={"early_stopping": False}),
+    "random_forest_leaf_limited": Estimator(_random_forest, parallel=True),
+    "random_forest_baseline": Estimator(_random_forest, parallel=True),
 }
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What to fit: an estimator on the features of a service, with sigmoid calibration or without.
+
+    ``threshold``, between 0 and 1, is the probability from which on a user counts as churning.
+    """
+
+    estimator: str
+    service: FeatureService
+    calibrated: bool
+    threshold: float
 
 
 @dataclass(frozen=True, eq=False)
 class TrainedModel:
     """A fitted pipeline and what it was fitted with.
 
-    ``pipeline`` takes a frame with the features of ``service``. ``threshold`` is the probability from which on a user
-    counts as churning. ``train_rows`` is the number of rows it learned from.
+    ``pipeline`` takes a frame with the features of ``service``, and its ``predict`` applies ``threshold``. ``params``
+    are the classifier's hyper-parameters. ``train_rows`` is the number of rows it learned from.
     """
 
     pipeline: Any
     service: FeatureService
     estimator: str
     params: Mapping[str, Any]
+    calibrated: bool
     threshold: float
     train_rows: int
 
-    def probabilities(self, features: pd.DataFrame) -> NDArray[np.float64]:
-        """The probability of churn of each row; a row's does not depend on the other rows or on threads."""
-        names = [column.name for column in self.service.columns]
-        probabilities: NDArray[np.float64] = self.pipeline.predict_proba(features[names])[:, 1]
+    def probabilities(self, frame: pd.DataFrame) -> NDArray[np.float64]:
+        """The probability of churn of each row; threads never change it.
+
+        Neither do other rows, if the classifier is of trees. A linear one's last bit may depend on them, because
+        scikit-learn multiplies matrices with BLAS.
+        """
+        from threadpoolctl import threadpool_limits
+
+        with threadpool_limits(limits=1):
+            probabilities: NDArray[np.float64] = self.pipeline.predict_proba(frame[self.service.names])[:, 1]
         return probabilities
 
 
-def fit(dataset: TrainingDataset, estimator: str, *, n_jobs: int = 1) -> TrainedModel:
-    """Fit the named estimator on the users outside the hold-out, on ``n_jobs`` cores; cores do not change the result.
+def fit(rows: pd.DataFrame, label: str, spec: ModelSpec, config: "TrainingConfig", *, n_jobs: int = 1) -> TrainedModel:
+    """Fit what ``spec`` says on ``rows``, on ``n_jobs`` cores; neither cores nor the order of rows change the result.
 
-    Raises ConfigurationError for an unknown estimator, and TrainingRefused when the users to learn from, or the
-    held-out ones to be measured on, all have the same label.
+    ``rows`` has user_id, the features and the label of the users to learn from. The sigmoid is Platt's (1999), fitted
+    on out-of-fold scores in the folds of `dataset.folds`; the classifier under it is then fitted on all rows.
+
+    Raises ConfigurationError for what training.toml cannot mean, and TrainingRefused as `require_trainable` does.
+    """
+    import joblib
+    from sklearn.calibration import CalibratedClassifierCV
+    from sklearn.model_selection import FixedThresholdClassifier, PredefinedSplit
+    from threadpoolctl import threadpool_limits
+
+    require_trainable(rows, label, config)
+    rows = rows.sort_values(USER_ID, ignore_index=True)
+    classifier = bare_classifier(spec.estimator, config)
+    params = {**config.estimators[spec.estimator], **ESTIMATORS[spec.estimator].fixed, _SEED: config.seed}
+    if spec.calibrated:
+        cv = PredefinedSplit(folds(rows[USER_ID].tolist(), config.folds, config.seed))
+        classifier = CalibratedClassifierCV(classifier, method="sigmoid", cv=cv, ensemble=False)
+    thresholded = FixedThresholdClassifier(classifier, threshold=spec.threshold, response_method="predict_proba")
+    pipeline = make_pipeline(spec.estimator, spec.service, thresholded)
+    # Joblib gives the cores to the outermost loop: to the folds while they last, then to the trees. A forest's trees
+    # are never added up by several threads, whose order would show in the last bit.
+    cores = n_jobs if ESTIMATORS[spec.estimator].parallel else 1
+    with threadpool_limits(limits=1), joblib.parallel_config(backend="threading", n_jobs=cores):
+        learn(pipeline, spec.estimator, rows[spec.service.names], rows[label].to_numpy(dtype=np.bool_))
+    return TrainedModel(
+        pipeline, spec.service, spec.estimator, params, spec.calibrated, spec.threshold, train_rows=len(rows)
+    )
+
+
+def require_trainable(rows: pd.DataFrame, label: str, config: "TrainingConfig") -> None:
+    """Raise TrainingRefused for too few users who churned or stayed, overall or in a fold of the cross-validation."""
+    churned = rows[label].to_numpy(dtype=np.bool_)
+    fold = folds(rows[USER_ID].tolist(), config.folds, config.seed)
+    for who, users in (("churned", churned), ("stayed", ~churned)):
+        if users.sum() < config.guards.minimum_positives:
+            raise TrainingRefused(
+                f"only {users.sum()} of the {len(rows)} users to learn from {who}; "
+                f"guards.minimum_positives of training.toml asks for {config.guards.minimum_positives}"
+            )
+        counts = np.bincount(fold[users], minlength=config.folds)
+        if not counts.all():
+            raise TrainingRefused(
+                f"none of the {(fold == counts.argmin()).sum()} users in fold {counts.argmin() + 1} of {config.folds} "
+                f"{who}; state fewer folds in training.toml, or give more users"
+            )
+
+
+def bare_classifier(estimator: str, config: "TrainingConfig") -> Any:
+    """The unfitted classifier of that name, with the hyper-parameters of training.toml.
+
+    Raises ConfigurationError for an unknown name, and for a hyper-parameter that it does not have or cannot take.
     """
     if estimator not in ESTIMATORS:
         raise ConfigurationError(f"there is no estimator {estimator!r}; known are {', '.join(ESTIMATORS)}")
-    training = ~dataset.holdout
-    for users, mask in (("users to learn from", training), ("held-out users", dataset.holdout)):
-        if len(np.unique(dataset.labels[mask])) < 2:
-            raise TrainingRefused(
-                f"the {mask.sum()} {users} of {dataset.month} do not have both values of {dataset.label}; "
-                "more users are needed"
-            )
-    chosen = ESTIMATORS[estimator]
-    pipeline = _pipeline(dataset.service, chosen.build(**chosen.params, n_jobs=n_jobs))
-    pipeline.fit(dataset.features[training], dataset.labels[training])
-    # Threads would add up the trees in the order in which they finish.
-    pipeline.set_params(**{f"{CLASSIFIER}__n_jobs": 1})
-    return TrainedModel(pipeline, dataset.service, estimator, chosen.params, THRESHOLD, int(training.sum()))
+    if estimator not in config.estimators:
+        raise ConfigurationError(f"training.toml has no [estimators.{estimator}]; state its hyper-parameters there")
+    fixed = {**ESTIMATORS[estimator].fixed, _SEED: config.seed}
+    classifier = ESTIMATORS[estimator].build(**fixed)
+    known = sorted(classifier.get_params().keys() - fixed.keys() - {_CORES})
+    for name, value in config.estimators[estimator].items():
+        key = f"estimators.{estimator}.{name} of training.toml"
+        if name not in known:
+            raise ConfigurationError(f"{key}: {type(classifier).__name__} takes {', '.join(known)}")
+        try:
+            classifier.set_params(**{name: value})._validate_params()
+        except ValueError as error:
+            raise ConfigurationError(f"{key}: {error}") from None
+    return classifier
 
 
-def _pipeline(service: FeatureService, classifier: Any) -> Any:
+def learn(pipeline: Any, estimator: str, features: pd.DataFrame, labels: NDArray[np.bool_]) -> None:
+    """Fit a pipeline of `make_pipeline`; raises ConfigurationError for hyper-parameters that do not go together."""
+    try:
+        pipeline.fit(features, labels)
+    except ValueError as error:
+        raise ConfigurationError(f"[estimators.{estimator}] of training.toml cannot be fitted: {error}") from error
+
+
+def make_pipeline(estimator: str, service: FeatureService, classifier: Any) -> Any:
     """Categories one-hot in the contract's categories, then numbers and booleans as float64, then the classifier.
 
-    An unknown category raises ValueError. Only objects of scikit-learn and numpy are used, so that the pipeline loads
-    where this package is not installed.
+    Numbers are standardized where the estimator takes them so. An unknown category raises ValueError. Only objects of
+    scikit-learn and numpy are used, so that the pipeline loads where this package is not installed.
     """
     from sklearn.compose import ColumnTransformer
     from sklearn.pipeline import Pipeline
-    from sklearn.preprocessing import FunctionTransformer, OneHotEncoder
+    from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
 
     categorical, numeric = _categorical(service), _numeric(service)
     one_hot = OneHotEncoder(
@@ -104,7 +205,11 @@ def _pipeline(service: FeatureService, classifier: Any) -> Any:
     preprocessing = ColumnTransformer(
         [
             ("categorical", one_hot, [column.name for column in categorical]),
-            ("numeric", as_float, [column.name for column in numeric]),
+            (
+                "numeric",
+                StandardScaler() if ESTIMATORS[estimator].scaled else as_float,
+                [column.name for column in numeric],
+            ),
         ]
     )
     return Pipeline([(PREPROCESSING, preprocessing), (CLASSIFIER, classifier)])
@@ -126,7 +231,7 @@ def encoded_columns(service: FeatureService) -> list[tuple[str, str | None]]:
 
 def feature_schema(service: FeatureService) -> dict[str, Any]:
     """What the model takes, for ``feature_schema.json``: the features in order and which of them are categorical."""
-    views = {column.name: view.name for view in service.views for column in view.columns}
+    views = {column.name: view.name for view in service.views for column in service.columns_of(view)}
     return {
         "service": service.name,
         "categorical": [column.name for column in _categorical(service)],
