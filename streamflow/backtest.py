@@ -7,7 +7,7 @@ happens in memory and a temporary folder: no PostgreSQL, no feature store, no re
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from streamflow.contract import CONTRACT, USER_ID, Contract, Table
 from streamflow.dataset import EVENT_TIMESTAMP, TrainingDataset, assemble
 from streamflow.errors import ConfigurationError
 from streamflow.months import Month
-from streamflow.pipeline import ESTIMATOR, SERVICE
+from streamflow.training_config import TrainingConfig
 
 Policy = Callable[[Sequence[Month]], Sequence[Month]]
 """Which months to train on, given those that are known, in order, when a new one arrives; a pure function."""
@@ -31,6 +31,8 @@ POLICIES: Mapping[str, Policy] = {
     "all months": lambda known: known,
 }
 BEST_POSSIBLE = "best possible"
+THRESHOLD = 0.5
+"""Of the models; AUC does not depend on it."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,19 @@ class _SimulatedMonth:
 
 
 def backtest(
-    months: Sequence[Month], *, users: int, seed: int, concept_drift_from: Month | None, contract: Contract = CONTRACT
+    months: Sequence[Month],
+    *,
+    users: int,
+    seed: int,
+    concept_drift_from: Month | None,
+    config: TrainingConfig,
+    contract: Contract = CONTRACT,
 ) -> Backtest:
     """Replay simulated months: each from the second on is scored by the model that each policy had when it arrived.
 
-    Models learn from the users outside the hold-out and are judged on those inside it, the same ones in every month.
-    Raises ConfigurationError for fewer than two months, months that do not ascend, and what cannot be simulated,
-    TrainingRefused for too few users to learn from.
+    The model is the simplest that ``config`` has. It learns from the users outside the hold-out and is judged on those
+    inside it, the same ones in every month. Raises ConfigurationError for fewer than two months, months that do not
+    ascend, and what cannot be simulated, TrainingRefused for too few users to learn from.
     """
     if len(months) < 2:
         raise ConfigurationError("a backtest needs at least 2 months: one to learn from and one to score")
@@ -77,27 +85,27 @@ def backtest(
     with tempfile.TemporaryDirectory(prefix="streamflow-backtest-") as scratch:
         folder = Path(scratch)
         simulate.simulate(folder, months, users=users, seed=seed, scenario=scenario, contract=contract)
-        return _replay({month: _read(folder, month, contract) for month in months})
+        return _replay({month: _read(folder, month, contract) for month in months}, config, contract)
 
 
-def _replay(world: Mapping[Month, _SimulatedMonth]) -> Backtest:
+def _replay(world: Mapping[Month, _SimulatedMonth], config: TrainingConfig, contract: Contract) -> Backtest:
+    spec = training.ModelSpec(
+        config.candidates[0], contract.service(config.services[0]), calibrated=False, threshold=THRESHOLD
+    )
+
     @cache
     def model(window: tuple[Month, ...]) -> training.TrainedModel:
-        return training.fit(_pooled([world[month].dataset for month in window]), ESTIMATOR, n_jobs=os.cpu_count() or 1)
+        rows = pd.concat([world[month].dataset.training_rows for month in window], ignore_index=True)
+        return training.fit(rows, contract.label, spec, config, n_jobs=os.cpu_count() or 1)
 
     months = tuple(world)
     auc = {}
     for at, month in enumerate(months[1:], start=1):
-        unseen = world[month].dataset.features[world[month].dataset.holdout]
+        unseen = world[month].dataset.holdout_rows
         windows = [tuple(policy(months[:at])) for policy in POLICIES.values()]
         scores = [model(window).probabilities(unseen) for window in windows]
         auc[str(month)] = tuple(world[month].auc(score) for score in (*scores, world[month].truth))
     return Backtest((*POLICIES, BEST_POSSIBLE), auc)
-
-
-def _pooled(datasets: Sequence[TrainingDataset]) -> TrainingDataset:
-    """The rows of several months as one dataset of the newest."""
-    return replace(datasets[-1], frame=pd.concat([dataset.frame for dataset in datasets], ignore_index=True))
 
 
 def _read(folder: Path, month: Month, contract: Contract) -> _SimulatedMonth:
@@ -106,11 +114,9 @@ def _read(folder: Path, month: Month, contract: Contract) -> _SimulatedMonth:
         rows: pd.DataFrame = landing.parse(data, wanted, month).values.to_pandas()
         return rows.set_index(USER_ID)
 
-    service = contract.service(SERVICE)
-    views = [table(view.table)[[column.name for column in view.columns]] for view in service.views]
+    views = [table(view.table)[[column.name for column in view.columns]] for view in contract.views]
     features = pd.concat(views, axis="columns").assign(**{EVENT_TIMESTAMP: month.event_time}).reset_index()
     labels = table(contract.label_table).reset_index()
-    dataset = assemble(features, labels, service, month=month, label_month=month, contract=contract)
+    dataset = assemble(features, labels, month=month, label_month=month, contract=contract)
     truth = pd.read_csv(folder / simulate.TRUTH_FOLDER / f"{month}.csv", dtype={USER_ID: str}, index_col=USER_ID)
-    held_out = dataset.frame.loc[dataset.holdout, USER_ID]
-    return _SimulatedMonth(dataset, truth.loc[held_out, simulate.TRUTH].to_numpy(np.float64))
+    return _SimulatedMonth(dataset, truth.loc[dataset.holdout_rows[USER_ID], simulate.TRUTH].to_numpy(np.float64))

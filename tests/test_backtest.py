@@ -1,7 +1,10 @@
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 from test_dataset import contract_with_contract_type
@@ -10,21 +13,19 @@ from streamflow import backtest as module
 from streamflow import training
 from streamflow.backtest import BEST_POSSIBLE, POLICIES, Backtest, backtest
 from streamflow.contract import CONTRACT
-from streamflow.dataset import TrainingDataset, split
+from streamflow.dataset import split
 from streamflow.errors import ConfigurationError, TrainingRefused
 from streamflow.months import Month
-from streamflow.pipeline import ESTIMATOR
+from streamflow.settings import PROJECT_ROOT
 from streamflow.simulate import simulate
+from streamflow.training_config import TrainingConfig
 
 MONTHS = Month.parse_range("2024-01..2024-03")
 JANUARY, FEBRUARY, MARCH = MONTHS
 
 
-@pytest.fixture
-def small_forest(monkeypatch: pytest.MonkeyPatch) -> None:
-    forest = training.ESTIMATORS[ESTIMATOR]
-    small = replace(forest, params={**forest.params, "n_estimators": 25})
-    monkeypatch.setattr(training, "ESTIMATORS", {ESTIMATOR: small})
+CONFIG = TrainingConfig.load(PROJECT_ROOT / "training.toml")
+SIMPLEST = training.ModelSpec("logistic_regression", CONTRACT.service("churn_v1"), calibrated=False, threshold=0.5)
 
 
 @pytest.fixture
@@ -47,22 +48,23 @@ def test_what_each_policy_trains_on(policy: str, known: list[Month], expected: l
     assert list(POLICIES[policy](known)) == expected
 
 
-@pytest.mark.usefixtures("small_forest")
 def test_the_models_of_each_policy_score_the_next_month(world: dict[Month, module._SimulatedMonth]) -> None:
-    result = module._replay(world)
+    result = module._replay(world, CONFIG, CONTRACT)
     assert result.policies == ("never retrain", "last month", "all months", BEST_POSSIBLE)
     assert list(result.auc) == ["2024-02", "2024-03"]
-    march = world[MARCH].dataset
-    held_out = split(march.frame["user_id"].tolist())
+    march = world[MARCH].dataset.frame
+    unseen = march[split(march["user_id"].tolist())]
 
-    def auc(trained_on: TrainingDataset) -> float:
-        scores = training.fit(trained_on, ESTIMATOR).probabilities(march.features)
-        return float(roc_auc_score(march.labels[held_out], scores[held_out]))
+    def auc(*trained_on: Month) -> float:
+        frame = pd.concat([world[month].dataset.frame for month in trained_on])
+        learned = frame[~split(frame["user_id"].tolist())]
+        model = training.fit(learned, "churn_label", SIMPLEST, CONFIG)
+        return float(roc_auc_score(unseen["churn_label"], model.probabilities(unseen)))
 
     never, last, everything, _ = result.auc["2024-03"]
-    assert never == auc(world[JANUARY].dataset)
-    assert last == auc(world[FEBRUARY].dataset)
-    assert everything == auc(module._pooled([world[JANUARY].dataset, world[FEBRUARY].dataset]))
+    assert never == auc(JANUARY)
+    assert last == auc(FEBRUARY)
+    assert everything == auc(JANUARY, FEBRUARY)
     assert len({never, last, everything}) == 3
     assert len(set(result.auc["2024-02"][:3])) == 1
 
@@ -71,7 +73,7 @@ def test_what_is_read_is_what_was_simulated(tmp_path: Path) -> None:
     folder, _ = simulate(tmp_path, [JANUARY, FEBRUARY], users=200, seed=5)
     read = module._read(tmp_path, JANUARY, CONTRACT)
     frame = read.dataset.frame
-    assert list(frame) == ["user_id", *(column.name for column in CONTRACT.service("churn_v1").columns), "churn_label"]
+    assert list(frame) == ["user_id", *(column.name for column in CONTRACT.features), "churn_label"]
     assert len(frame) == 200
     assert read.dataset.dropped == 0
     fees = [line.split(",") for line in (folder / "subscriptions.csv").read_text().splitlines()]
@@ -84,31 +86,35 @@ def test_what_is_read_is_what_was_simulated(tmp_path: Path) -> None:
 
 
 def test_a_change_of_concept_breaks_the_old_model_and_a_new_one_recovers() -> None:
-    result = backtest(MONTHS, users=2_000, seed=1, concept_drift_from=FEBRUARY)
+    result = backtest(MONTHS, users=2_000, seed=1, concept_drift_from=FEBRUARY, config=CONFIG)
     never, last, everything, best = result.auc["2024-03"]
     assert never < 0.55
     assert last > everything > never
     assert best > last > 0.58
 
 
-@pytest.mark.usefixtures("small_forest")
 def test_the_same_arguments_give_the_same_result_and_another_seed_another() -> None:
     def run(seed: int) -> Backtest:
-        return backtest(MONTHS[:2], users=300, seed=seed, concept_drift_from=None)
+        return backtest(MONTHS[:2], users=300, seed=seed, concept_drift_from=None, config=CONFIG)
 
     assert run(1) == run(1) != run(2)
     assert all(0 < value < 1 for value in run(1).auc["2024-02"])
 
 
-@pytest.mark.usefixtures("small_forest")
-def test_a_feature_added_to_the_contract_is_learned_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    learned: list[str] = []
+def test_the_model_is_the_simplest_of_the_configuration_on_the_contract_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted: list[training.ModelSpec] = []
     fit = training.fit
-    monkeypatch.setattr(
-        training, "fit", lambda data, *rest, **options: learned.extend(data.features) or fit(data, *rest, **options)
-    )
-    backtest(MONTHS[:2], users=300, seed=1, concept_drift_from=None, contract=contract_with_contract_type())
-    assert "contract_type" in learned
+
+    def seen(rows: pd.DataFrame, label: str, spec: training.ModelSpec, *rest: Any, **options: Any) -> Any:
+        fitted.append(spec)
+        return fit(rows, label, spec, *rest, **options)
+
+    monkeypatch.setattr(training, "fit", seen)
+    candidates = ("gradient_boosting", "logistic_regression")
+    config = msgspec.structs.replace(CONFIG, services=("churn_v2", "churn_v1"), candidates=candidates)
+    wider = contract_with_contract_type()
+    backtest(MONTHS[:2], users=300, seed=1, concept_drift_from=None, config=config, contract=wider)
+    assert fitted == [training.ModelSpec("gradient_boosting", wider.service("churn_v2"), False, 0.5)]
 
 
 def test_best_possible_is_the_truth_about_held_out_users(world: dict[Month, module._SimulatedMonth]) -> None:
@@ -130,12 +136,12 @@ def test_best_possible_is_the_truth_about_held_out_users(world: dict[Month, modu
 )
 def test_months_that_cannot_be_replayed(months: list[Month], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        backtest(months, users=300, seed=1, concept_drift_from=None)
+        backtest(months, users=300, seed=1, concept_drift_from=None, config=CONFIG)
 
 
 def test_too_few_users_to_learn_from() -> None:
     with pytest.raises(TrainingRefused, match="2024-01"):
-        backtest(MONTHS[:2], users=4, seed=1, concept_drift_from=None)
+        backtest(MONTHS[:2], users=4, seed=1, concept_drift_from=None, config=CONFIG)
 
 
 def test_a_month_whose_held_out_users_are_all_alike(world: dict[Month, module._SimulatedMonth]) -> None:

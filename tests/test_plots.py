@@ -1,0 +1,281 @@
+import struct
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streamflow import plots
+from streamflow.evaluation import Capture, Interval, Segment, lift_curve, reliability
+from streamflow.plots import (
+    amount,
+    confusion_plot,
+    importance_plot,
+    lift_plot,
+    percent,
+    percent_with_interval,
+    precision_recall_plot,
+    reliability_plot,
+    roc_plot,
+    score_plot,
+    segments_plot,
+    value_plot,
+    with_interval,
+)
+
+USERS = 400
+SEEDED = np.random.default_rng(0)
+PROBABILITIES = SEEDED.random(USERS) ** 2
+LABELS = SEEDED.random(USERS) < PROBABILITIES
+AUC = Interval(0.842, 0.821, 0.861)
+CAPTURE = Capture(0.1, 40, Interval(0.28, 0.25, 0.3), Interval(2.8, 2.5, 3.0))
+SEGMENTS = (
+    Segment("contract_type", "Month-to-month", 952, 409, {"auc": Interval(0.73, 0.70, 0.76)}),
+    Segment("contract_type", "Two year", 447, 18, {"auc": Interval(0.63, 0.47, 0.78)}),
+    Segment("user_is_senior", "False", 1504, 344, {"auc": Interval(0.85, 0.82, 0.87)}),
+    Segment("user_is_senior", "True", 7, 0, {"brier": Interval(0.1, 0.05, 0.2)}),
+)
+IMPORTANCES = pd.DataFrame(
+    {
+        "feature": ["contract_type", "ticket_avg_resolution_hrs_90d", "monthly_fee"],
+        "importance": [0.128, 0.03, -0.001],
+        "low": [0.115, 0.02, -0.002],
+        "high": [0.142, 0.04, 0.001],
+    }
+)
+
+
+def every_plot(labels=LABELS, probabilities=PROBABILITIES, threshold=0.3):
+    thresholds = np.linspace(0, 1, 21)
+    return {
+        "roc": lambda: roc_plot(labels, probabilities, AUC),
+        "precision_recall": lambda: precision_recall_plot(labels, probabilities, threshold, AUC),
+        "reliability": lambda: reliability_plot(reliability(labels, probabilities), Interval(0.02, 0.01, 0.04), 0.03),
+        "confusion": lambda: confusion_plot(labels, probabilities, threshold, recall=AUC, precision=AUC),
+        "lift": lambda: lift_plot(labels, probabilities, CAPTURE),
+        "importances": lambda: importance_plot(IMPORTANCES, len(labels)),
+        "scores": lambda: score_plot(labels, probabilities, threshold),
+        "segments": lambda: segments_plot(SEGMENTS, AUC),
+        "value": lambda: value_plot(thresholds, 1e4 - thresholds * 3e4, threshold=0.3, value=1e3, users=len(labels)),
+    }
+
+
+@pytest.fixture
+def figure_of(monkeypatch):
+    """Draws a plot and gives its figure instead of its bytes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    monkeypatch.setattr(plots, "_png", lambda figure: (FigureCanvasAgg(figure).draw(), figure)[1])
+    return lambda plot: plot()
+
+
+def texts(figure):
+    """All that the figure says, title and subtitle first, no-break spaces as spaces."""
+    found = [*figure.texts, *(text for axes in figure.axes for text in axes.texts)]
+    return [text.get_text().replace("\N{NO-BREAK SPACE}", " ") for text in found]
+
+
+def said(figure):
+    return " ".join(texts(figure))
+
+
+def chunks(png):
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    position, names = 8, []
+    while position < len(png):
+        (length,) = struct.unpack(">I", png[position : position + 4])
+        names.append(png[position + 4 : position + 8])
+        position += length + 12
+    return names
+
+
+@pytest.mark.parametrize("name", every_plot())
+def test_same_input_gives_the_same_bytes_and_nothing_but_the_picture(name):
+    png = every_plot()[name]()
+    assert png == every_plot()[name]()
+    assert set(chunks(png)) == {b"IHDR", b"PLTE", b"pHYs", b"IDAT", b"IEND"}
+    width, height = struct.unpack(">II", png[16:24])
+    assert width == 840
+    assert 300 <= height <= 1000
+    assert 5_000 < len(png) < 60_000
+
+
+@pytest.mark.parametrize("name", every_plot())
+def test_no_text_runs_out_of_the_picture(name, figure_of):
+    figure = figure_of(every_plot()[name])
+    frame = figure.bbox
+    shown = [*figure.texts]
+    for axes in figure.axes:
+        shown += [*axes.texts, axes.xaxis.label, axes.yaxis.label]
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            shown += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    drawn = [text for text in shown if text.get_text() and text.get_visible()]
+    assert len(drawn) > 10
+    for text in drawn:
+        box = text.get_window_extent()
+        assert frame.x0 <= box.x0 < box.x1 <= frame.x1, text.get_text()
+        assert frame.y0 <= box.y0 < box.y1 <= frame.y1, text.get_text()
+
+
+@pytest.mark.parametrize("name", ["roc", "precision_recall", "reliability", "confusion", "lift", "scores"])
+@pytest.mark.parametrize(
+    ("labels", "probabilities"),
+    [
+        ([True, False], [0.7, 0.2]),
+        ([True, False, False], [0.5, 0.5, 0.5]),
+        ([True, False, True, False], [1.0, 0.0, 1.0, 0.0]),
+        ([True, False, True, False], [0.0, 1.0, 0.0, 1.0]),
+        ([True] + [False] * 99, [0.001] * 100),
+    ],
+    ids=["two users", "constant", "certain and right", "certain and wrong", "nobody reaches the threshold"],
+)
+def test_odd_models_are_drawn_too(name, labels, probabilities, monkeypatch):
+    monkeypatch.setattr(plots, "_DPI", 30)
+    png = every_plot(np.array(labels), np.array(probabilities))[name]()
+    assert struct.unpack(">I", png[16:20]) == (168,)
+
+
+def test_roc_shows_the_curve_and_its_area(figure_of):
+    figure = figure_of(lambda: roc_plot(np.array([False, True, False, True]), np.array([0.1, 0.4, 0.6, 0.9]), AUC))
+    assert texts(figure)[0] == "ROC: AUC 0.842 (0.821 to 0.861)"
+    assert texts(figure)[1] == "4 held-out users, 2 churned. Intervals are of 95 %."
+    curve = figure.axes[0].lines[-1].get_xydata().tolist()
+    assert curve == [[0, 0], [0, 0.5], [0.5, 0.5], [0.5, 1], [1, 1]]
+
+
+def test_precision_recall_marks_the_threshold_and_the_base_rate(figure_of):
+    labels, probabilities = np.array([True, False, True, False]), np.array([0.9, 0.8, 0.3, 0.1])
+    figure = figure_of(lambda: precision_recall_plot(labels, probabilities, 0.3, AUC))
+    base, _, point = figure.axes[0].lines
+    assert base.get_ydata()[0] == 0.5
+    assert point.get_xydata().tolist() == [[1.0, 2 / 3]]
+    assert "Average precision 0.842 (0.821 to 0.861)" in said(figure)
+    assert "threshold 0.3\nrecall 1.00, precision 0.67" in said(figure)
+    assert "base rate 50.0 %" in said(figure)
+    nobody = figure_of(lambda: precision_recall_plot(labels, probabilities, 0.95, AUC))
+    assert "nobody reaches the threshold 0.95" in said(nobody)
+
+
+def test_reliability_counts_each_bin_and_judges_by_a_perfect_model(figure_of):
+    labels = np.array([False, False, True, True, True])
+    bins = reliability(labels, np.array([0.05, 0.05, 0.05, 0.95, 0.95]))
+    figure = figure_of(lambda: reliability_plot(bins, Interval(0.2, 0.1, 0.3), 0.1))
+    assert "Not calibrated: ECE 0.200 (0.100 to 0.300)" in said(figure)
+    assert "5 held-out users." in said(figure)
+    assert "up to 0.100 in 95 % of draws" in said(figure)
+    assert figure.axes[0].lines[-1].get_xydata() == pytest.approx(np.array([[0.05, 1 / 3], [0.95, 1]]))
+    assert [patch.get_height() for patch in figure.axes[1].patches] == [3, 2]
+    calibrated = figure_of(lambda: reliability_plot(bins, Interval(0.1, 0.1, 0.3), 0.1))
+    assert said(calibrated).startswith("Calibrated: ECE 0.100")
+
+
+def test_the_intervals_of_bins_are_wilsons():
+    low, high = plots._wilson(np.array([0.5, 0.0]), np.array([10, 20]))
+    assert low == pytest.approx([0.2366, 0], abs=1e-4)
+    assert high == pytest.approx([0.7634, 0.1611], abs=1e-4)
+
+
+def test_confusion_counts_the_decisions(figure_of):
+    labels = np.array([True, True, True, True, False, False, False, False])
+    probabilities = np.array([0.9, 0.3, 0.1, 0.2, 0.8, 0.2, 0.1, 0.1])
+    figure = figure_of(lambda: confusion_plot(labels, probabilities, 0.3, recall=AUC, precision=AUC))
+    cells = [text.replace("\N{NO-BREAK SPACE}", " ") for text in texts(figure)[3:]]
+    assert cells == [
+        "3",
+        "75.0 % of stayers\nrightly left alone",
+        "1",
+        "25.0 % of stayers\ncontacted in vain",
+        "2",
+        "50.0 % of churners\nmissed",
+        "2",
+        "50.0 % of churners\nfound",
+    ]
+    assert said(figure).startswith("Finds 84 % (82 to 86 %) of churners 8 held-out users, 4 churned.")
+
+
+def test_lift_marks_what_the_top_holds(figure_of):
+    figure = figure_of(every_plot()["lift"])
+    assert texts(figure)[0] == "The top 10 % hold 28 % (25 to 30 %) of churners"
+    assert "Lift 2.8 (2.5 to 3.0)" in said(figure)
+    assert {"top 10 %: 28.0 %", "lift 2.80"} <= set(texts(figure))
+    assert figure.axes[0].lines[1].get_xydata().tolist() == [[0, 0], [LABELS.mean(), 1], [1, 1]]
+    gains = figure.axes[0].lines[2].get_xydata()
+    assert gains[0].tolist() == [0, 0]
+    assert gains[1:] == pytest.approx(lift_curve(LABELS, PROBABILITIES)[["share", "captured"]].to_numpy())
+
+
+def test_importances_are_in_order_and_grey_where_they_may_be_nothing(figure_of):
+    figure = figure_of(lambda: importance_plot(IMPORTANCES.iloc[::-1], 400))
+    assert texts(figure)[0] == "contract_type matters most: 0.128"
+    assert texts(figure)[1] == "(0.115 to 0.142)"
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == IMPORTANCES["feature"].tolist()
+    assert [bar.get_width() for bar in axes.patches] == [0.128, 0.03, -0.001]
+    first, second, third = (bar.get_facecolor() for bar in axes.patches)
+    assert first == second != third
+
+
+def test_scores_are_split_by_class(figure_of):
+    labels, probabilities = np.array([True, True, False, False, False]), np.array([0.6, 0.2, 0.3, 0.1, 0.1])
+    figure = figure_of(lambda: score_plot(labels, probabilities, 0.3))
+    assert texts(figure)[0] == "Median score: churned 0.40, stayed 0.10"
+    assert {"2 churned\n50.0 % from 0.3 on", "3 stayed\n33.3 % from 0.3 on"} <= set(texts(figure))
+    assert [axes.lines[0].get_xdata()[0] for axes in figure.axes] == [0.3, 0.3]
+
+
+def test_segments_name_the_worst_and_say_where_there_is_no_auc(figure_of):
+    figure = figure_of(every_plot()["segments"])
+    assert "Lowest AUC: contract_type Two year, 0.630 (0.470 to 0.780)" in said(figure)
+    assert texts(figure).count("one class only") == 1
+    assert {"952", "447", "1,504", "7"} <= set(texts(figure))
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["contract_type", "Month-to-month", "Two year", "user_is_senior", "False", "True"]
+    points = figure.axes[0].collections[-1]
+    assert points.get_offsets().tolist() == [[0.73, 1], [0.63, 2], [0.85, 4]]
+    worse, also_worse, not_worse = points.get_facecolors().tolist()
+    assert worse == also_worse != not_worse
+
+
+def test_segments_of_one_class_each_are_drawn(figure_of):
+    segments = [Segment("net_service", "$x^", 3, 0, {}), Segment("net_service", "$\\frac{", 2, 2, {})]
+    figure = figure_of(lambda: segments_plot(segments, AUC))
+    assert texts(figure)[0] == "All users: AUC 0.842 (0.821 to 0.861)"
+    assert texts(figure).count("one class only") == 2
+
+
+def test_value_marks_the_choice_and_the_best(figure_of):
+    thresholds, values = np.array([0.1, 0.2, 0.3]), np.array([-5_000.0, 20_826.4, 19_000.0])
+    figure = figure_of(lambda: value_plot(thresholds, values, threshold=0.3, value=19_000.0, users=1_783))
+    assert texts(figure)[0] == "Acting from 0.3 on brings 19,000"
+    assert "1,783 held-out users" in said(figure)
+    assert "the most is 20,826, from 0.2 on." in said(figure)
+    assert figure.axes[0].lines[-1].get_xydata().tolist() == [[0.3, 19_000]]
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [
+        (1234567.8, 0, "1,234,568"),
+        (-20, 2, "\N{MINUS SIGN}20.00"),
+        (-0.0004, 3, "0.000"),
+        (0.8425, 3, "0.843"),
+        (-0.0, 0, "0"),
+    ],
+)
+def test_amounts(value, digits, text):
+    assert amount(value, digits) == text
+
+
+@given(st.floats(-1e9, 1e9), st.integers(0, 4))
+def test_an_amount_reads_back_as_what_it_rounds_to(value, digits):
+    text = amount(value, digits).replace(",", "").replace("\N{MINUS SIGN}", "-")
+    assert float(text) == pytest.approx(value, abs=0.5001 * 10**-digits)
+
+
+def test_measures_with_their_intervals():
+    kept = "\N{NO-BREAK SPACE}"
+    assert with_interval(AUC) == f"0.842 (0.821{kept}to{kept}0.861)"
+    assert percent(0.2654) == f"26.5{kept}%"
+    assert percent_with_interval(AUC) == f"84{kept}% (82{kept}to{kept}86{kept}%)"
