@@ -30,6 +30,7 @@ MODEL = "streamflow_churn"
 PRODUCTION = "Production"
 STAGING = "Staging"
 ARCHIVED = "Archived"
+NO_STAGE = "None"
 ALIAS = "production"
 SCORER_PATH = "scorer/scorer.bin"
 MODEL_NAME = "model"
@@ -39,8 +40,8 @@ SIGNATURE_TYPES = {"category": "string", "boolean": "boolean", "integer": "long"
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What one training run leaves behind: artifacts are file names with bytes, text or tables."""
+class RunRecord:
+    """What one training run leaves behind: artifacts by file name, as bytes, data for JSON, tables or HTML pages."""
 
     name: str
     pipeline: Any
@@ -53,6 +54,7 @@ class Evidence:
     images: Mapping[str, bytes] = field(default_factory=dict)
     documents: Mapping[str, Any] = field(default_factory=dict)
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    pages: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class Registry:
         try:
             if self._http:
                 httpx.get(f"{self.uri}/health", timeout=HEALTH_TIMEOUT_S).raise_for_status()
+            mlflow.set_tracking_uri(self.uri)
+            mlflow.set_registry_uri(self.uri)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
                 yield mlflow.MlflowClient(self.uri, self.uri)
@@ -118,41 +122,67 @@ class Registry:
                 return str(experiment.experiment_id)
             return str(client.create_experiment(EXPERIMENT, artifact_location=self._artifacts))
 
-    def log(self, evidence: Evidence) -> str:
-        """Log a run with its pipeline, scorer and evidence; returns the run's id. A failed run is marked failed."""
+    def log(self, record: RunRecord) -> str:
+        """Log a run with its pipeline, scorer and artifacts; returns the run's id. A failed run is marked failed."""
         import mlflow
 
         experiment_id = self.experiment_id
-        with self._reachable() as client:
-            mlflow.set_tracking_uri(self.uri)
-            mlflow.set_registry_uri(self.uri)
-            with mlflow.start_run(experiment_id=experiment_id, run_name=evidence.name) as run:
-                mlflow.log_params(dict(evidence.parameters))
-                mlflow.log_metrics(dict(evidence.metrics))
-                mlflow.set_tags(dict(evidence.tags))
-                self._log_pipeline(evidence)
-                with tempfile.TemporaryDirectory() as folder:
-                    _write_artifacts(Path(folder), evidence)
-                    client.log_artifacts(run.info.run_id, folder)
-                return str(run.info.run_id)
+        with self._reachable() as client, mlflow.start_run(experiment_id=experiment_id, run_name=record.name) as run:
+            mlflow.log_params(dict(record.parameters))
+            mlflow.log_metrics(dict(record.metrics))
+            mlflow.set_tags(dict(record.tags))
+            self._log_pipeline(record)
+            with tempfile.TemporaryDirectory() as folder:
+                _write_artifacts(Path(folder), record)
+                client.log_artifacts(run.info.run_id, folder)
+            return str(run.info.run_id)
 
-    def _log_pipeline(self, evidence: Evidence) -> None:
+    def _log_pipeline(self, record: RunRecord) -> None:
         import mlflow.sklearn
 
         mlflow.sklearn.log_model(
-            evidence.pipeline,
+            record.pipeline,
             name=MODEL_NAME,
-            signature=signature(evidence.service),
-            input_example=evidence.example,
+            signature=signature(record.service),
+            input_example=record.example,
             pip_requirements=[f"{package}=={version}" for package, version in model_requirements().items()],
             serialization_format=mlflow.sklearn.SERIALIZATION_FORMAT_CLOUDPICKLE,
         )
 
+    def add_metrics(self, run_id: str, metrics: Mapping[str, float]) -> None:
+        """Log what was learned about a run's model after it had ended."""
+        with self._reachable() as client:
+            for name, value in metrics.items():
+                client.log_metric(run_id, name, value)
+
+    def page(self, run_id: str, name: str) -> str:
+        """An HTML page or other text among the run's artifacts."""
+        return self._artifact(run_id, name).decode()
+
+    def put_page(self, run_id: str, name: str, content: str) -> None:
+        """Write an HTML page or other text among the run's artifacts, in place of what was there."""
+        with self._reachable() as client:
+            client.log_text(run_id, content, name)
+
+    def input_names(self, run_id: str) -> list[str]:
+        """The inputs that the run's model declares to MLflow, in order."""
+        from mlflow.models import get_model_info
+
+        with self._reachable() as client:
+            (logged,) = client.get_run(run_id).outputs.model_outputs
+            declared = get_model_info(f"models:/{logged.model_id}").signature
+            return list(declared.inputs.input_names()) if declared else []
+
     def register(self, run_id: str, *, tags: Mapping[str, str], description: str) -> int:
-        """Make the run's model the next version of the registered model; returns its number."""
+        """Make the run's model the next version of the registered model; returns its number.
+
+        A version that an interrupted registration of the same run left behind is taken up again.
+        """
         from mlflow.exceptions import MlflowException
 
         with self._reachable() as client:
+            for left_behind in client.search_model_versions(f"name = '{MODEL}' and run_id = '{run_id}'"):
+                return int(left_behind.version)
             try:
                 client.get_registered_model(MODEL)
             except MlflowException as missing:
@@ -172,6 +202,12 @@ class Registry:
             )
             return int(made.version)
 
+    def set_tags(self, version: int, tags: Mapping[str, str]) -> None:
+        """Add tags to a version, in place of those of the same names."""
+        with self._reachable() as client:
+            for name, value in tags.items():
+                client.set_model_version_tag(MODEL, str(version), name, value)
+
     def delete(self, version: int) -> None:
         """Take back a version whose registration could not be completed."""
         with self._reachable() as client:
@@ -189,11 +225,6 @@ class Registry:
                 for one in found
             }
 
-    def require(self, version: int) -> None:
-        """Raise UnknownVersion unless the version is there."""
-        with self._reachable() as client:
-            client.get_model_version(MODEL, str(version))
-
     def set_stage(self, version: int, stage: str) -> None:
         """Move one version to a stage; Production displaces whatever is there and carries the alias `production`."""
         with self._reachable() as client:
@@ -203,15 +234,28 @@ class Registry:
             if stage == PRODUCTION:
                 client.set_registered_model_alias(MODEL, ALIAS, str(version))
 
+    def has_run(self, run_id: str) -> bool:
+        """Whether a run is there and not deleted."""
+        try:
+            with self._reachable() as client:
+                return str(client.get_run(run_id).info.lifecycle_stage) == "active"
+        except UnknownVersion:
+            return False
+
     def scorer(self, run_id: str) -> bytes:
         """The bytes of the run's compiled scorer."""
-        import mlflow.artifacts
+        return self._artifact(run_id, SCORER_PATH)
 
+    def _artifact(self, run_id: str, path: str) -> bytes:
+        import mlflow.artifacts
+        from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
+
+        MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
         with self._reachable(), tempfile.TemporaryDirectory() as folder:
-            path = mlflow.artifacts.download_artifacts(
-                run_id=run_id, artifact_path=SCORER_PATH, dst_path=folder, tracking_uri=self.uri
+            found = mlflow.artifacts.download_artifacts(
+                run_id=run_id, artifact_path=path, dst_path=folder, tracking_uri=self.uri
             )
-            return Path(path).read_bytes()
+            return Path(found).read_bytes()
 
 
 def model_requirements() -> dict[str, str]:
@@ -221,15 +265,17 @@ def model_requirements() -> dict[str, str]:
     return {package: version(package) for package in ("scikit-learn", "numpy", "pandas", "scipy", "cloudpickle")}
 
 
-def _write_artifacts(folder: Path, evidence: Evidence) -> None:
+def _write_artifacts(folder: Path, record: RunRecord) -> None:
     import json
 
     scorer = folder / SCORER_PATH
     scorer.parent.mkdir(parents=True)
-    scorer.write_bytes(evidence.scorer)
-    for name, image in evidence.images.items():
+    scorer.write_bytes(record.scorer)
+    for name, image in record.images.items():
         (folder / name).write_bytes(image)
-    for name, document in evidence.documents.items():
-        (folder / name).write_text(json.dumps(document, indent=2) + "\n")
-    for name, table in evidence.tables.items():
+    for name, document in record.documents.items():
+        (folder / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    for name, table in record.tables.items():
         table.to_csv(folder / name, index=False, lineterminator="\n")
+    for name, page in record.pages.items():
+        (folder / name).write_text(page, encoding="utf-8")

@@ -24,8 +24,8 @@ from streamflow.registry import (
     MODEL,
     PRODUCTION,
     SCORER_PATH,
-    Evidence,
     Registry,
+    RunRecord,
     model_requirements,
     signature,
 )
@@ -73,7 +73,7 @@ def client(registry: Registry) -> mlflow.MlflowClient:
     return mlflow.MlflowClient(registry.uri, registry.uri)
 
 
-def evidence(pipeline: Pipeline, features: pd.DataFrame, **more: Any) -> Evidence:
+def evidence(pipeline: Pipeline, features: pd.DataFrame, **more: Any) -> RunRecord:
     given: dict[str, Any] = {
         "name": "2024-01 tiny",
         "pipeline": pipeline,
@@ -87,7 +87,7 @@ def evidence(pipeline: Pipeline, features: pd.DataFrame, **more: Any) -> Evidenc
         "documents": {"feature_schema.json": {"service": "churn_v1"}},
         "tables": {"importances.csv": pd.DataFrame({"feature": ["skips_7d"], "importance": [0.5]})},
     }
-    return Evidence(**{**given, **more})
+    return RunRecord(**{**given, **more})
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +167,52 @@ def test_production_loads_with_plain_mlflow_and_without_this_package(
         assert loaded.predict(features).tolist() == pipeline.predict(features).tolist()
 
 
-def test_production_displaces_production(registry: Registry, run_id: str, version: int) -> None:
-    other = registry.register(run_id, tags={}, description="The same again")
+def test_a_version_that_an_interrupted_registration_left_behind_is_taken_up(
+    registry: Registry, run_id: str, version: int
+) -> None:
+    known = registry.versions()
+    assert registry.register(run_id, tags={}, description="The same again") == version
+    assert registry.versions() == known
+
+
+def test_what_is_learned_later_is_added_to_the_run(
+    registry: Registry, client: mlflow.MlflowClient, run_id: str
+) -> None:
+    registry.add_metrics(run_id, {"forward_auc": 0.5})
+    assert client.get_run(run_id).data.metrics["forward_auc"] == 0.5
+    registry.put_page(run_id, "card.html", "<p>76\N{NO-BREAK SPACE}%</p>")
+    registry.put_page(run_id, "card.html", "<p>77\N{NO-BREAK SPACE}%</p>")
+    assert registry.page(run_id, "card.html") == "<p>77\N{NO-BREAK SPACE}%</p>"
+
+
+def test_a_runs_model_declares_its_inputs_in_order(registry: Registry, run_id: str) -> None:
+    mlflow.set_tracking_uri("sqlite:///elsewhere.db")  # as in a process that has logged no run
+    assert registry.input_names(run_id) == SERVICE.names
+
+
+def test_a_version_of_another_model_is_not_taken_up(
+    registry: Registry, client: mlflow.MlflowClient, pipeline: Pipeline, features: pd.DataFrame
+) -> None:
+    run_id = registry.log(evidence(pipeline, features, name="twice registered"))
+    client.create_registered_model("somebody_elses")
+    (logged,) = client.get_run(run_id).outputs.model_outputs
+    client.create_model_version("somebody_elses", source=f"models:/{logged.model_id}", run_id=run_id)
+    known = registry.versions()
+    assert registry.register(run_id, tags={}, description="") == max(known, default=0) + 1
+
+
+def test_tags_are_added_to_a_version(registry: Registry, client: mlflow.MlflowClient, version: int) -> None:
+    registry.set_tags(version, {"decision": "waits", "gate.fair": "passed"})
+    assert client.get_model_version(MODEL, str(version)).tags.items() >= {
+        ("decision", "waits"),
+        ("gate.fair", "passed"),
+    }
+
+
+def test_production_displaces_production(
+    registry: Registry, pipeline: Pipeline, features: pd.DataFrame, version: int
+) -> None:
+    other = registry.register(registry.log(evidence(pipeline, features)), tags={}, description="The same again")
     registry.set_stage(version, PRODUCTION)
     registry.set_stage(other, PRODUCTION)
 
@@ -198,13 +242,16 @@ def test_a_run_whose_logging_fails_is_marked_failed_and_the_next_one_works(
     assert client.get_run(again).info.status == "FINISHED"
 
 
-def test_a_deleted_version_is_gone(registry: Registry, run_id: str) -> None:
+def test_a_deleted_version_is_gone_and_its_number_is_not_given_again(
+    registry: Registry, pipeline: Pipeline, features: pd.DataFrame
+) -> None:
+    run_id = registry.log(evidence(pipeline, features, name="doomed"))
     doomed = registry.register(run_id, tags={}, description="to be taken back")
     registry.delete(doomed)
 
     assert doomed not in registry.versions()
     with pytest.raises(UnknownVersion, match="no such entry"):
-        registry.require(doomed)
+        registry.set_stage(doomed, PRODUCTION)
     assert registry.register(run_id, tags={}, description="anew") == doomed + 1
 
 
@@ -229,11 +276,10 @@ def test_an_unknown_version_has_no_stage(registry: Registry, version: int) -> No
         lambda away, pipeline, features: away.register("run", tags={}, description=""),
         lambda away, pipeline, features: away.delete(1),
         lambda away, pipeline, features: away.versions(),
-        lambda away, pipeline, features: away.require(1),
         lambda away, pipeline, features: away.set_stage(1, PRODUCTION),
         lambda away, pipeline, features: away.scorer("run"),
     ],
-    ids=["experiment", "log", "register", "delete", "versions", "require", "set_stage", "scorer"],
+    ids=["experiment", "log", "register", "delete", "versions", "set_stage", "scorer"],
 )
 def test_mlflow_away_is_said_at_once(
     call: Callable[[Registry, Pipeline, pd.DataFrame], object],
