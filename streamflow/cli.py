@@ -4,18 +4,20 @@ Exit codes: 0 done, 1 failed or refused with the reason on stderr, 2 wrong usage
 """
 
 import dataclasses
+import functools
 import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +29,7 @@ from streamflow.settings import Settings
 if TYPE_CHECKING:
     from streamflow.landing import Landed
     from streamflow.pipeline import Platform
+    from streamflow.promotion import Entry, Gate
     from streamflow_dagster.runner import MonthRun
 
 app = typer.Typer(
@@ -38,6 +41,10 @@ app = typer.Typer(
 )
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
+UNBOUNDED = 10_000
+
+UNWRAPPED = 400
+"""Columns for what is laid out in columns, where no terminal says how many there are."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 By = Annotated[str, typer.Option("--by", help="Who decides.")]
@@ -229,16 +236,23 @@ def migrate() -> None:
 @app.command("run")
 def run_(
     months: Annotated[list[str], typer.Argument(help="YYYY-MM or YYYY-MM..YYYY-MM, one or several.")],
+    estimator: Annotated[
+        str | None, typer.Option(help="Fit this estimator of training.toml as it comes, instead of choosing one.")
+    ] = None,
+    service: Annotated[str | None, typer.Option(help="Train on this feature service only, such as churn_v1.")] = None,
     json_: AsJson = False,
 ) -> None:
     """Materialize months through the whole graph, a run for each; a bad month does not stop the others."""
     from streamflow.contract import CONTRACT
+    from streamflow.procedure import Procedure
 
     wanted = list(dict.fromkeys(month for text in months for month in _months(text)))
     with prepared() as platform:
         landed = {month: platform.landing.manifest(month) for month in wanted}
         labelled = {month: CONTRACT.label_table.name in manifest.tables for month, manifest in landed.items()}
-        runs = _materialize(labelled, progress_on=err if json_ else out)
+        Procedure.of(platform.training_config, platform.policy, estimator=estimator, service=service)
+        choice = {"estimator": estimator, "service": service}
+        runs = _materialize(labelled, choice, progress_on=err if json_ else out)
     if json_:
         as_json([{**vars(run), "month": str(run.month)} for run in runs])
     if failed := sum(not run.succeeded for run in runs):
@@ -255,7 +269,9 @@ def _dagster_runner() -> Any:
     return runner
 
 
-def _materialize(labelled: dict[Month, bool], *, progress_on: Console) -> list["MonthRun"]:
+def _materialize(
+    labelled: dict[Month, bool], choice: dict[str, str | None], *, progress_on: Console
+) -> list["MonthRun"]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     runner = _dagster_runner()
@@ -274,6 +290,7 @@ def _materialize(labelled: dict[Month, bool], *, progress_on: Console) -> list["
                 instance,
                 month,
                 labelled=has_labels,
+                choice={name: value for name, value in choice.items() if value is not None},
                 progress=lambda asset, task=task: progress.update(task, advance=1, asset=asset),
             )
             progress.update(task, asset=f"{run.seconds:.1f} s" if run.succeeded else "failed")
@@ -288,10 +305,12 @@ def _materialize(labelled: dict[Month, bool], *, progress_on: Console) -> list["
 
 @app.command()
 def models(json_: AsJson = False) -> None:
-    """List the registered versions with their stage, metrics and gates."""
+    """List the registered versions with their stage, metrics, threshold and gates."""
+    from streamflow.promotion import gates_of, threshold_of
+
     with prepared() as platform:
         stages = {number: version.stage for number, version in platform.registry.versions().items()}
-        versions = platform.ledger.versions()
+        versions, entries = platform.ledger.versions(), platform.ledger.entries()
     facts = [
         {
             "version": version.version,
@@ -299,9 +318,11 @@ def models(json_: AsJson = False) -> None:
             "as_of": version.as_of,
             "run_id": version.run_id,
             "service": version.service,
-            "threshold": version.threshold,
-            "metrics": dict(version.metrics),
-            "gates": list(version.gates),
+            "estimator": version.lineage["estimator"],
+            "threshold": threshold_of(entries, version),
+            "metrics": version.metrics,
+            "gates": list(gates_of(entries, version.version)),
+            "evidence": msgspec.to_builtins(version.evidence),
             "dataset_digest": version.dataset_digest,
             "predictions_digest": version.predictions_digest,
             "artifact_sha256": version.artifact_sha256,
@@ -312,13 +333,37 @@ def models(json_: AsJson = False) -> None:
     if json_:
         as_json(facts)
         return
-    table = Table("version", "stage", "as of", "AUC", "logloss", "F1", "gates", box=None, header_style="bold")
+    columns = ("version", "stage", "as of", "AUC (95 % interval)", "threshold", "service", "estimator", "gates")
+    table = Table(*columns, box=None, header_style="bold")
     for version, fact in zip(versions, facts, strict=True):
-        failed = [gate.name for gate in version.gates if not gate.passed]
-        metrics = (f"{version.metrics[name]:.4f}" for name in ("auc", "logloss", "f1"))
-        gates = f"failed: {', '.join(failed)}" if failed else "passed"
-        table.add_row(str(version.version), str(fact["stage"]), str(version.as_of), *metrics, gates)
-    out.print(table if versions else "No version is registered yet; `streamflow run MONTH` trains one.")
+        auc = version.evidence.metrics["auc"]
+        table.add_row(
+            str(version.version),
+            str(fact["stage"]),
+            str(version.as_of),
+            f"{auc.value:.3f} ({auc.low:.3f} to {auc.high:.3f})",
+            f"{fact['threshold']:.4g}",
+            version.service,
+            str(fact["estimator"]),
+            _outcome(fact["gates"]),
+        )
+    if versions:
+        _print_table(table)
+    else:
+        out.print("No version is registered yet; `streamflow run MONTH` trains one.")
+
+
+def _print_table(table: Table) -> None:
+    """Print a table that is wide by nature: as wide as the terminal, and with whole lines where there is none."""
+    Console(highlight=False, width=None if out.is_terminal else UNBOUNDED).print(table, markup=False)
+
+
+def _outcome(gates: "Sequence[Gate]") -> str:
+    """What came of the gates, in a few words."""
+    if not gates:
+        return "not decided yet"
+    failed = [gate.name for gate in gates if not gate.passed]
+    return f"failed: {', '.join(failed)}" if failed else "passed"
 
 
 @app.command()
@@ -327,13 +372,25 @@ def promote(
     by: By,
     reason: Reason,
     override: Annotated[bool, typer.Option(help="Promote although a gate failed; recorded as such.")] = False,
+    bug_fix: Annotated[bool, typer.Option(help="It need not be better than Production, only not worse.")] = False,
     json_: AsJson = False,
 ) -> None:
     """Make a version Production; the service follows within seconds."""
+    from streamflow import pipeline
+
     with prepared() as platform:
+        pipeline.scorer_of(platform, platform.ledger.version(version))
         entry = platform.ledger.promote(
-            version, by=by, reason=reason, now=now(), policy=platform.policy, override=override
+            version,
+            by=by,
+            reason=reason,
+            now=now(),
+            policy=platform.policy,
+            compare=functools.partial(pipeline.compare_versions, platform),
+            override=override,
+            bug_fix=bug_fix,
         )
+        pipeline.explain(platform, entry)
     _print_entry(entry, json_=json_)
 
 
@@ -345,17 +402,103 @@ def rollback(
     json_: AsJson = False,
 ) -> None:
     """Go back to the version that was Production before, without training."""
+    from streamflow import pipeline
+
     with prepared() as platform:
         entry = platform.ledger.rollback(version, by=by, reason=reason, now=now(), policy=platform.policy)
+        pipeline.explain(platform, entry)
     _print_entry(entry, json_=json_)
 
 
-def _print_entry(entry: Any, *, json_: bool) -> None:
+@app.command()
+def threshold(
+    version: int,
+    value: Annotated[float, typer.Argument(help="The probability from which on a customer counts as churning.")],
+    by: By,
+    reason: Reason,
+    json_: AsJson = False,
+) -> None:
+    """Change the threshold of a version without training it again; the service follows within a second."""
+    with prepared() as platform:
+        entry = platform.ledger.set_threshold(version, value, by=by, reason=reason, now=now(), policy=platform.policy)
+    if json_:
+        as_json(entry)
+    else:
+        out.print(f"Version {entry.version} says churn from probability {entry.threshold:g} on, by {entry.by}")
+
+
+def _print_entry(entry: "Entry", *, json_: bool) -> None:
     if json_:
         as_json(entry)
     else:
         before = f"; before: version {entry.previous}" if entry.previous else ""
         out.print(f"Version {entry.version} is Production, by {entry.by}{before}")
+
+
+@app.command()
+def ledger(
+    at: Annotated[str | None, typer.Option(help="A time, such as 2024-02-03T04:05Z: what was Production then.")] = None,
+    json_: AsJson = False,
+) -> None:
+    """List what was decided about versions, or tell which was Production at a time, and by which decision."""
+    moment = _moment(at) if at else None
+    with prepared() as platform:
+        entries = platform.ledger.entries()
+    if moment:
+        _print_production_at(moment, entries, json_=json_)
+    elif json_:
+        as_json(entries)
+    else:
+        _print_ledger(entries)
+
+
+def _moment(text: str) -> datetime:
+    """The time that an argument names, in UTC unless it says otherwise; anything else is wrong usage."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as failure:
+        raise typer.BadParameter(f"{text!r} is no time such as 2024-02-03 or 2024-02-03T04:05:06Z") from failure
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _print_production_at(moment: datetime, entries: "Sequence[Entry]", *, json_: bool) -> None:
+    from streamflow.promotion import decision_in_force, production_at, until
+
+    entry = decision_in_force(until(entries, moment))
+    if json_:
+        as_json({"at": moment, "production": production_at(entries, moment), "decision": entry})
+    elif entry:
+        done = {"promote": "promoted", "rollback": "rolled back to"}[entry.action]
+        out.print(
+            f"Production at {_utc(moment)}: version {entry.version}, {done} {_utc(entry.at)} by {entry.by}: "
+            f"{entry.reason}",
+            markup=False,
+        )
+    else:
+        out.print(f"Production at {_utc(moment)}: nothing")
+
+
+def _print_ledger(entries: "Sequence[Entry]") -> None:
+    table = Table("when (UTC)", "what", "version", "before", "by", "policy", "reason", box=None, header_style="bold")
+    for entry in entries:
+        what = f"threshold {entry.threshold:g}" if entry.threshold is not None else entry.action
+        table.add_row(
+            f"{entry.at.astimezone(UTC):%Y-%m-%d %H:%M:%S}",
+            f"{what}, override" if entry.override and entry.action == "promote" else what,
+            str(entry.version),
+            str(entry.previous or ""),
+            entry.by,
+            entry.policy,
+            entry.reason,
+        )
+    if entries:
+        _print_table(table)
+    else:
+        out.print("Nothing has been decided yet; `streamflow run MONTH` registers a first version.")
+
+
+def _utc(moment: datetime) -> str:
+    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 @app.command()
@@ -371,10 +514,29 @@ def rebuild(
     if json_:
         as_json(rebuilt)
     else:
-        for what, same in (("dataset", rebuilt.same_dataset), ("predictions", rebuilt.same_predictions)):
-            out.print(f"{what}: {'identical' if same else 'DIFFERENT'}")
+        by = f"DIFFERENT, by {rebuilt.largest_difference:.1e} at most"
+        out.print(f"dataset: {'identical' if rebuilt.same_dataset else 'DIFFERENT'}")
+        out.print(f"predictions: {'identical' if rebuilt.same_predictions else by}")
     if not rebuilt.identical:
         raise StreamFlowError(f"version {version} was not rebuilt identically: {rebuilt.explanation}")
+
+
+@app.command()
+def trace(
+    version: Annotated[int, typer.Option(help="The registered version.")],
+    json_: AsJson = False,
+) -> None:
+    """Follow a version back to the landed files, and fail if a link on the way is missing or altered."""
+    from streamflow import tracing
+
+    with prepared() as platform:
+        traced = tracing.trace_version(platform, version)
+    if json_:
+        as_json(traced)
+    else:
+        width = None if out.is_terminal else UNWRAPPED
+        Console(highlight=False, width=width).print(tracing.as_tree(traced))
+    tracing.require_whole(traced)
 
 
 # --- using and watching -------------------------------------------------------------------------------------------
@@ -471,9 +633,11 @@ def backtest(
 ) -> None:
     """Replay simulated months under fixed retraining policies and report AUC per month."""
     from streamflow import backtest as replay
+    from streamflow.training_config import TrainingConfig
 
     drift = _month(concept_drift_from) if concept_drift_from else None
-    result = replay.backtest(_months(months), users=users, seed=seed, concept_drift_from=drift)
+    config = TrainingConfig.load(Settings.load().training_file)
+    result = replay.backtest(_months(months), users=users, seed=seed, concept_drift_from=drift, config=config)
     if json_:
         as_json(result)
         return

@@ -68,7 +68,7 @@ def _finding(what: str, check: Callable[[], str]) -> Finding:
 
 
 def _project() -> dict[str, Any]:
-    return dict(tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text())["project"])
+    return dict(tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"])
 
 
 def _python() -> str:
@@ -80,7 +80,7 @@ def _python() -> str:
 
 def _packages() -> str:
     """Hold the installed versions of the direct dependencies against the lines of the lock that apply here."""
-    lines = (PROJECT_ROOT / "requirements.lock").read_text().splitlines()
+    lines = (PROJECT_ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith(("#", " "))]
     locked = {pin.name: str(pin.specifier) for pin in pins if not pin.marker or pin.marker.evaluate()}
     installed = {canonicalize_name(found.name): f"=={found.version}" for found in distributions()}

@@ -347,7 +347,7 @@ def _unprivileged(data: Path) -> list[str]:
 
 
 def _tail(log: Path) -> str:
-    with log.open(errors="replace") as lines:
+    with log.open(encoding="utf-8", errors="replace") as lines:
         return "".join(deque(lines, _TAIL_LINES)).rstrip()
 
 
@@ -446,7 +446,7 @@ class _Logs:
             file = self._file(name)
             if file.exists():
                 file.replace(file.with_suffix(".log.1"))
-            self._printers[name] = Printer(self._open.enter_context(file.open("w")))
+            self._printers[name] = Printer(self._open.enter_context(file.open("w", encoding="utf-8")))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -6,42 +6,51 @@ how each is done is in the module that it belongs to.
 
 import functools
 import hashlib
-import os
 import platform as machine
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import msgspec
 
 from streamflow import dataset, features, warehouse
 from streamflow.contract import CONTRACT, USER_ID, Contract, FeatureView, Table
 from streamflow.database import Database
 from streamflow.dataset import TrainingDataset
-from streamflow.errors import ConfigurationError, TrainingRefused, UnknownMonth
+from streamflow.errors import ArtifactRefused, ConfigurationError, TrainingRefused, UnknownMonth, UnknownVersion
 from streamflow.landing import LandingZone
 from streamflow.months import Month
-from streamflow.promotion import Decision, Ledger, Policy, Version, apply_policy, check_gates
-from streamflow.registry import SCORER_PATH, Evidence, Registry
+from streamflow.promotion import (
+    Decision,
+    Entry,
+    Evidence,
+    Gate,
+    Ledger,
+    Policy,
+    Version,
+    already_promoted,
+    threshold_of,
+)
+from streamflow.registry import SCORER_PATH, Registry, RunRecord
 from streamflow.settings import PROJECT_ROOT, Settings
+from streamflow.training_config import TrainingConfig
 from streamflow.warehouse import MonthWrite, month_write, record
 
 if TYPE_CHECKING:
     import feast
-    from numpy.typing import NDArray
 
-    from streamflow.scoring import Parity, Scorer
-    from streamflow.training import TrainedModel
+    from streamflow.evaluation import Comparison
+    from streamflow.procedure import Candidate, Forward, Measured
+    from streamflow.scoring import Scorer
 
 TRAINING_DATASET = "training_dataset"
 CHURN_MODEL = "churn_model"
 REGISTERED_VERSION = "registered_model_version"
-SERVICE = "churn_v1"
-ESTIMATOR = "random_forest_baseline"
+MODEL_CARD = "model_card.html"
+UNUSABLE = (ArtifactRefused, TrainingRefused, UnknownVersion)
 EXAMPLE_ROWS = 3
 
 
@@ -74,6 +83,11 @@ class Platform:
         return Policy.load(self.settings)
 
     @functools.cached_property
+    def training_config(self) -> TrainingConfig:
+        """The training configuration in force."""
+        return TrainingConfig.load(self.settings.training_file)
+
+    @functools.cached_property
     def feature_store(self) -> "feast.FeatureStore":
         """Feast."""
         return features.feature_store(self.database)
@@ -86,13 +100,19 @@ class Platform:
 
 @dataclass(frozen=True)
 class Trained:
-    """A logged training run and what a person wants to see of it; ``roc`` is a PNG."""
+    """A logged training run and what a person wants to see of it.
+
+    ``forwards`` validate models forward in time: this one on the month after, the one of the month before on this one;
+    ``not_validated`` says why one of them could not be. ``images`` are the run's plots as PNG by file name.
+    """
 
     write: MonthWrite
     run_id: str
-    metrics: dict[str, float]
-    parity: "Parity"
-    roc: bytes
+    candidate: "Candidate"
+    measured: "Measured"
+    forwards: tuple["Forward", ...]
+    not_validated: tuple[str, ...]
+    images: Mapping[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -106,11 +126,15 @@ class Registered:
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """Whether a version's dataset and predictions came out the same again, and what has changed since it was made."""
+    """Whether a version's dataset and predictions came out the same again, and what has changed since it was made.
+
+    ``largest_difference`` is between the probabilities of the registered scorer and of the one that was trained again.
+    """
 
     version: int
     same_dataset: bool
     same_predictions: bool
+    largest_difference: float
     changed_since: dict[str, str]
 
     @property
@@ -150,7 +174,14 @@ def load_table(platform: Platform, table: Table, month: Month, now: datetime) ->
         raise UnknownMonth(f"{month} has landed without {table.file}; land it with `streamflow land`")
     rows = platform.landing.read(month, table.name)
     return warehouse.write_month(
-        platform.database, table, month, rows, digest=revision.sha256, revision=revision.revision, now=now
+        platform.database,
+        table,
+        month,
+        rows,
+        digest=revision.sha256,
+        revision=revision.revision,
+        meanings=revision.meanings,
+        now=now,
     )
 
 
@@ -169,15 +200,18 @@ def assemble_dataset(platform: Platform, month: Month, now: datetime) -> MonthWr
 
     Raises UnknownMonth without labels or snapshots, TrainingRefused for data that must not be trained on.
     """
-    contract, service = platform.contract, platform.contract.service(SERVICE)
+    from streamflow import procedure
+
+    contract = platform.contract
     label_month = month.shift(contract.label_horizon_months)
     with platform.database.connect() as connection:
         labels = month_write(connection, contract.label_table.name, label_month)
-        snapshots = [month_write(connection, view.snapshot, month) for view in service.views]
+        snapshots = [month_write(connection, str(table.snapshot), month) for table in contract.snapshots]
+    for source in (labels, *snapshots):
+        dataset.require_meanings(source, contract)
     assembled = dataset.assemble(
-        features.historical_features(platform.feature_store, service, month, contract),
+        features.historical_features(platform.feature_store, month, contract),
         warehouse.labels(platform.database, label_month, contract),
-        service,
         month=month,
         label_month=label_month,
         contract=contract,
@@ -195,9 +229,9 @@ def assemble_dataset(platform: Platform, month: Month, now: datetime) -> MonthWr
         {source.relation: source.as_source for source in (labels, *snapshots)},
         now,
         {
-            "service": service.name,
             "dropped": assembled.dropped,
             "churn_rate": float(assembled.labels.mean()),
+            "possible_leaks": procedure.possible_leaks(assembled, platform.training_config, contract),
             "files": {
                 labels.relation: labels.as_source,
                 **{name: source for snapshot in snapshots for name, source in snapshot.sources.items()},
@@ -207,38 +241,55 @@ def assemble_dataset(platform: Platform, month: Month, now: datetime) -> MonthWr
     return _recorded(platform, written)
 
 
-def train(platform: Platform, month: Month, now: datetime) -> Trained:
-    """Fit, evaluate, compile and log the month's model.
+def train(
+    platform: Platform, month: Month, now: datetime, *, estimator: str | None = None, service: str | None = None
+) -> Trained:
+    """Choose, fit, evaluate, compile and log the month's model; ``estimator`` fits that one as it comes instead.
 
-    Raises TrainingRefused for data that must not be trained on, ArtifactRefused when the scorer cannot be compiled.
+    Raises ConfigurationError for an unknown estimator or service, TrainingRefused for data that must not be trained on.
     """
-    from streamflow import evaluation
+    from streamflow import procedure
 
     with platform.database.connect() as connection:
         source = month_write(connection, TRAINING_DATASET, month)
-    data = dataset.load(platform.datasets / f"{source.digest}.parquet", platform.contract)
-    candidate = fit_candidate(data, ESTIMATOR)
-    roc = evaluation.roc_plot(candidate.labels, candidate.validation)
-    facts = {
-        "service": data.service.name,
-        "estimator": candidate.model.estimator,
-        "threshold": candidate.model.threshold,
-        "artifact_sha256": candidate.artifact_sha256,
-        "metrics": candidate.metrics,
-        "parity_difference": candidate.parity.max_difference,
-        "flipped_decisions": candidate.parity.flipped_decisions,
-        "lineage": {
-            "month": str(month),
-            "dataset": {"digest": source.digest, "rows": source.rows},
-            "sources": dict(source.sources),
-            "files": source.facts["files"],
-            "estimator": candidate.model.estimator,
-            "code_version": code_version(),
-            "libraries": libraries(),
-            "python": machine.python_version(),
-        },
+    data = _dataset(platform, source.digest)
+    how = procedure.Procedure.of(
+        platform.training_config,
+        platform.policy,
+        estimator=estimator,
+        service=service,
+        contract=platform.contract,
+    )
+    candidate = procedure.run(data, how, platform.contract)
+    measured = procedure.measure(candidate, platform.policy, platform.contract)
+    model, not_validated = candidate.model, []
+    after = before = None
+    try:
+        after = _forward(platform, candidate.scorer, month, month.shift(1), model.threshold)
+        before = _validate_the_month_before(platform, data)
+    except UNUSABLE as failure:
+        not_validated.append(str(failure))
+    lineage = {
+        "month": str(month),
+        "as_of": str(month.as_of),
+        "window": [str(month)],
+        "label_month": str(month.shift(platform.contract.label_horizon_months)),
+        "dataset": {"digest": source.digest, "rows": source.rows},
+        "sources": dict(source.sources),
+        "files": source.facts["files"],
+        "estimator": model.estimator,
+        "service": model.service.name,
+        "calibrated": model.calibrated,
+        "threshold": model.threshold,
+        **how.document,
+        "code_version": code_version(),
+        "libraries": libraries(),
+        "python": machine.python_version(),
     }
-    run_id = platform.registry.log(_evidence(candidate, facts, roc, launched_by=platform.settings.actor))
+    run, images = _run_record(platform, candidate, measured, after, source, lineage)
+    run_id = platform.registry.log(run)
+    if before is not None:
+        platform.registry.add_metrics(before[0], _forward_metrics(before[1]))
     written = MonthWrite(
         CHURN_MODEL,
         month,
@@ -247,100 +298,104 @@ def train(platform: Platform, month: Month, now: datetime) -> Trained:
         source.rows,
         {TRAINING_DATASET: source.as_source},
         now,
-        {"run_id": run_id, **facts},
+        {
+            "run_id": run_id,
+            "service": model.service.name,
+            "threshold": model.threshold,
+            "artifact_sha256": candidate.artifact_sha256,
+            "evidence": msgspec.to_builtins(measured.evidence),
+            "lineage": lineage,
+        },
     )
-    measured = {**candidate.metrics, **candidate.counts, "training_seconds": candidate.seconds}
-    return Trained(_recorded(platform, written), run_id, measured, candidate.parity, roc)
+    forwards = (*([before[1]] if before else []), *([after] if after else []))
+    return Trained(_recorded(platform, written), run_id, candidate, measured, forwards, tuple(not_validated), images)
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A fitted and compiled model: ``probabilities`` are the scorer's of every row, ``seconds`` those of fitting."""
-
-    data: TrainingDataset
-    model: "TrainedModel"
-    artifact: bytes
-    probabilities: "NDArray[np.float64]"
-    parity: "Parity"
-    seconds: float
-
-    @property
-    def labels(self) -> "NDArray[np.bool_]":
-        """The labels of the held-out rows."""
-        return self.data.labels[self.data.holdout]
-
-    @property
-    def validation(self) -> "NDArray[np.float64]":
-        """The probabilities of the held-out rows."""
-        return self.probabilities[self.data.holdout]
-
-    @property
-    def counts(self) -> dict[str, float]:
-        """How many rows it learned from, and was measured on."""
-        return {"training_rows": self.model.train_rows, "validation_rows": len(self.labels)}
-
-    @functools.cached_property
-    def metrics(self) -> dict[str, float]:
-        """The metrics on the held-out rows."""
-        from streamflow import evaluation
-
-        return asdict(evaluation.metrics(self.labels, self.validation, self.model.threshold))
-
-    @functools.cached_property
-    def artifact_sha256(self) -> str:
-        """The digest of the compiled scorer."""
-        return hashlib.sha256(self.artifact).hexdigest()
-
-    @functools.cached_property
-    def predictions_digest(self) -> str:
-        """The digest of the probabilities of every row."""
-        return predictions_digest(self.data.frame[USER_ID].tolist(), self.probabilities)
+def _dataset(platform: Platform, digest: str) -> TrainingDataset:
+    return dataset.load(platform.datasets / f"{digest}.parquet", platform.contract)
 
 
-def fit_candidate(data: TrainingDataset, estimator: str) -> Candidate:
-    """Fit an estimator, compile it, and score every row of the dataset by both forms."""
-    from streamflow import scoring, training
+def _forward(
+    platform: Platform, scorer: "Scorer", trained_on: Month, month: Month, threshold: float
+) -> "Forward | None":
+    """The scorer's validation on a later month, if that has a dataset already."""
+    from streamflow import procedure
 
-    started = time.perf_counter()
-    model = training.fit(data, estimator, n_jobs=os.cpu_count() or 1)
-    seconds = time.perf_counter() - started
-    artifact = scoring.compile_pipeline(model, data)
-    scorer = scoring.Scorer.from_bytes(artifact)
-    scoring.self_test(scorer)
-    probabilities = score(scorer, data)
-    parity = scoring.parity(model.probabilities(data.features), probabilities, model.threshold)
-    return Candidate(data, model, artifact, probabilities, parity, seconds)
-
-
-def score(scorer: "Scorer", data: TrainingDataset) -> "NDArray[np.float64]":
-    """The scorer's probability of each row of a dataset."""
-    return scorer.score_columns({column.name: data.frame[column.name] for column in data.service.columns})
+    try:
+        with platform.database.connect() as connection:
+            later = month_write(connection, TRAINING_DATASET, month)
+    except UnknownMonth:
+        return None
+    data = _dataset(platform, later.digest)
+    return procedure.forward(scorer, data, trained_on, threshold, platform.training_config)
 
 
-def _evidence(candidate: Candidate, facts: Mapping[str, Any], roc: bytes, *, launched_by: str) -> Evidence:
-    from streamflow import evaluation, training
+def _validate_the_month_before(platform: Platform, data: TrainingDataset) -> "tuple[str, Forward] | None":
+    """The run of the newest version of the month before, and how that does on this month."""
+    from streamflow import procedure
 
-    data, model, lineage = candidate.data, candidate.model, facts["lineage"]
-    importances = evaluation.importances(model)
-    return Evidence(
-        name=f"{data.month} {model.estimator}",
+    month = data.month.shift(-1)
+    versions = [version for version in platform.ledger.versions() if version.as_of == month.as_of]
+    if not versions:
+        return None
+    threshold = threshold_of(platform.ledger.entries(), versions[-1])
+    scorer = scorer_of(platform, versions[-1])
+    return versions[-1].run_id, procedure.forward(scorer, data, month, threshold, platform.training_config)
+
+
+def _forward_metrics(validated: "Forward") -> dict[str, float]:
+    return {
+        f"forward_{name}{suffix}": value
+        for name, interval in validated.metrics.items()
+        for suffix, value in (("", interval.value), ("_low", interval.low), ("_high", interval.high))
+    }
+
+
+def _run_record(
+    platform: Platform,
+    candidate: "Candidate",
+    measured: "Measured",
+    after: "Forward | None",
+    source: MonthWrite,
+    lineage: Mapping[str, Any],
+) -> tuple[RunRecord, Mapping[str, bytes]]:
+    from streamflow import evaluation, report, selection, training
+
+    data, model = candidate.data, candidate.model
+    images = report.images(candidate, measured, platform.contract)
+    intervals = measured.evidence.metrics
+    record = RunRecord(
+        name=f"{data.month} {model.estimator} {model.service.name}",
         pipeline=model.pipeline,
-        service=data.service,
-        example=data.features.head(EXAMPLE_ROWS),
+        service=model.service,
+        example=data.frame[model.service.names].head(EXAMPLE_ROWS),
         scorer=candidate.artifact,
         parameters={
             "estimator": model.estimator,
             **model.params,
+            "calibrated": model.calibrated,
             "threshold": model.threshold,
-            "feature_service": data.service.name,
-            "as_of": str(data.month.as_of),
+            "feature_service": model.service.name,
+            "as_of": lineage["as_of"],
+            "window": " ".join(lineage["window"]),
+            "seed": lineage["seed"],
+            "config_digest": lineage["config_digest"],
         },
         metrics={
-            **candidate.metrics,
-            **candidate.counts,
-            "training_seconds": candidate.seconds,
+            **{name: interval.value for name, interval in intervals.items()},
+            **{f"{name}_low": interval.low for name, interval in intervals.items()},
+            **{f"{name}_high": interval.high for name, interval in intervals.items()},
+            **{f"train_{name}": one for name, one in measured.evidence.train_metrics.items()},
+            "perfect_ece": measured.evidence.perfect_ece,
+            "training_rows": model.train_rows,
+            "validation_rows": measured.evidence.users,
             "parity_difference": candidate.parity.max_difference,
             "flipped_decisions": candidate.parity.flipped_decisions,
+            "scoring_microseconds": measured.evidence.scoring_microseconds,
+            "expected_value": measured.value.expected_value,
+            "revenue_at_risk": measured.value.revenue_at_risk,
+            **({} if after is None else _forward_metrics(after)),
+            **{f"seconds_{step}": took for step, took in {**candidate.seconds, **measured.seconds}.items()},
         },
         tags={
             "month": str(data.month),
@@ -348,30 +403,46 @@ def _evidence(candidate: Candidate, facts: Mapping[str, Any], roc: bytes, *, lau
             "predictions_digest": candidate.predictions_digest,
             "artifact_sha256": candidate.artifact_sha256,
             "code_version": lineage["code_version"],
-            "launched_by": launched_by,
+            "config_digest": lineage["config_digest"],
+            "chosen_because": report.why_chosen(candidate),
+            "launched_by": platform.settings.actor,
         },
-        images={
-            "roc.png": roc,
-            "confusion_matrix.png": evaluation.confusion_plot(candidate.labels, candidate.validation, model.threshold),
-            "importances.png": evaluation.importance_plot(importances),
+        images=images,
+        documents={
+            "feature_schema.json": training.feature_schema(model.service),
+            "lineage.json": lineage,
+            "evidence.json": msgspec.to_builtins(measured.evidence),
+            "training_config.json": candidate.procedure.config.document,
         },
-        documents={"feature_schema.json": training.feature_schema(data.service), "lineage.json": lineage},
         tables={
-            "importances.csv": importances,
-            "predictions_sample.csv": evaluation.prediction_sample(data, candidate.validation, model.threshold),
+            "importances.csv": measured.importances,
+            "predictions_sample.csv": evaluation.prediction_sample(
+                data.holdout_rows, candidate.validation, model.threshold
+            ),
+            **({"candidates.csv": selection.as_table(candidate.selection)} if candidate.selection else {}),
         },
+        pages={MODEL_CARD: report.card(candidate, measured, after, source, lineage, images, platform.contract)},
     )
+    return record, images
 
 
 def register(platform: Platform, month: Month, now: datetime) -> Registered:
-    """Register the month's newest model as a version, once, and let the policy decide about it."""
+    """Register the month's newest model as a version, once, and let the policy decide about it.
+
+    Raises ArtifactRefused, with nothing registered, when the compiled scorer in the registry is not the one that was
+    made, or does not agree with the pipeline.
+    """
     with platform.database.connect() as connection:
         model = month_write(connection, CHURN_MODEL, month)
     facts = model.facts
     version = platform.ledger.version_of_run(facts["run_id"])
     if version is None:
         version = _new_version(platform, model, now)
-    decision = apply_policy(platform.ledger, platform.registry, version, platform.policy, now)
+    decision = platform.ledger.apply_policy(
+        version, now=now, policy=platform.policy, compare=functools.partial(compare_versions, platform)
+    )
+    if decision.reason != already_promoted(version.version):
+        _explain(platform, version, decision)
     written = MonthWrite(
         REGISTERED_VERSION,
         month,
@@ -387,23 +458,27 @@ def register(platform: Platform, month: Month, now: datetime) -> Registered:
 
 def _new_version(platform: Platform, model: MonthWrite, now: datetime) -> Version:
     facts = model.facts
-    gates = check_gates(
-        facts["metrics"],
-        parity_difference=facts["parity_difference"],
-        flipped_decisions=facts["flipped_decisions"],
-        policy=platform.policy,
-    )
+    evidence = _completed_evidence(platform, facts)
     dataset_digest = model.sources[TRAINING_DATASET]["digest"]
+    auc = evidence.metrics["auc"]
     number = platform.registry.register(
         facts["run_id"],
         tags={
             "as_of": str(model.month.as_of),
             "feature_service": facts["service"],
+            "estimator": facts["lineage"]["estimator"],
             "dataset_digest": dataset_digest,
             "artifact_sha256": facts["artifact_sha256"],
-            **{f"gate.{gate.name}": "passed" if gate.passed else "failed" for gate in gates},
+            "predictions_digest": model.digest,
+            "config_digest": facts["lineage"]["config_digest"],
+            "parity_difference": repr(evidence.parity_difference),
+            "flipped_decisions": str(evidence.flipped_decisions),
+            **{name: f"{one.value:.4f} ({one.low:.4f} to {one.high:.4f})" for name, one in evidence.metrics.items()},
         },
-        description=f"Trained on {model.month}; " + "; ".join(gate.reason for gate in gates),
+        description=(
+            f"{facts['lineage']['estimator']} on {facts['service']}, trained on {model.month}: AUC {auc.value:.3f} "
+            f"({auc.low:.3f} to {auc.high:.3f}) on {evidence.users:,} held-out users"
+        ),
     )
     version = Version(
         number,
@@ -415,29 +490,136 @@ def _new_version(platform: Platform, model: MonthWrite, now: datetime) -> Versio
         facts["artifact_sha256"],
         dataset_digest,
         model.digest,
-        facts["metrics"],
-        gates,
+        evidence,
         facts["lineage"],
         now,
     )
     try:
         platform.ledger.register(version)
     except BaseException:
+        if (registered := platform.ledger.version_of_run(version.run_id)) is not None:
+            return registered  # by somebody else at the same time
         platform.registry.delete(number)
         raise
     return version
 
 
+def _completed_evidence(platform: Platform, facts: Mapping[str, Any]) -> Evidence:
+    """The training run's evidence and what registry and online store tell: the model as it would be served."""
+    from streamflow import scoring
+
+    service = platform.contract.service(facts["service"])
+    scorer = _recorded_scorer(platform, facts["run_id"], facts["artifact_sha256"])
+    try:
+        scoring.self_test(scorer)
+    except ArtifactRefused:
+        golden_rows_reproduced = False
+    else:
+        golden_rows_reproduced = True
+    evidence = msgspec.convert(facts["evidence"], Evidence)
+    if evidence.flipped_decisions or evidence.parity_difference > scoring.MAX_DIFFERENCE:
+        raise ArtifactRefused(
+            f"the compiled scorer of run {facts['run_id']} differs from its pipeline by {evidence.parity_difference:g} "
+            f"and flips {evidence.flipped_decisions} decisions; the version is refused"
+        )
+    return msgspec.structs.replace(
+        evidence,
+        golden_rows_reproduced=golden_rows_reproduced,
+        features_offline=features.offline(platform.database, service),
+        signature_fits=platform.registry.input_names(facts["run_id"])
+        == service.names
+        == [feature.name for feature in scorer.features],
+    )
+
+
+def _explain(platform: Platform, version: Version, decision: Decision) -> None:
+    """Put the decision and its gates on the version: on its model card and in its tags."""
+    tags = {f"gate.{gate.name}": "passed" if gate.passed else "failed" for gate in decision.gates}
+    platform.registry.set_tags(version.version, {**tags, "decision": decision.reason})
+    _put_on_card(platform, version, decision.gates, decision.reason)
+
+
+def explain(platform: Platform, entry: Entry) -> None:
+    """Put a decision of the ledger on the model card of the version that it is about."""
+    reason = f"{entry.action} by {entry.by} on {entry.at:%Y-%m-%d %H:%M} UTC: {entry.reason}"
+    _put_on_card(platform, platform.ledger.version(entry.version), entry.gates, reason)
+
+
+def _put_on_card(platform: Platform, version: Version, gates: tuple[Gate, ...], reason: str) -> None:
+    from streamflow import model_card
+
+    card = platform.registry.page(version.run_id, MODEL_CARD)
+    platform.registry.put_page(
+        version.run_id, MODEL_CARD, model_card.with_decision(card, gates, reason, version.version)
+    )
+
+
+def _recorded_scorer(platform: Platform, run_id: str, artifact_sha256: str) -> "Scorer":
+    """The scorer as the registry has it; raises ArtifactRefused unless it is the one recorded."""
+    from streamflow import scoring
+
+    artifact = platform.registry.scorer(run_id)
+    if (found := scoring.sha256(artifact)) != artifact_sha256:
+        raise ArtifactRefused(f"MLflow's scorer of run {run_id} has SHA-256 {found}; the record says {artifact_sha256}")
+    return scoring.Scorer.from_bytes(artifact)
+
+
+def scorer_of(platform: Platform, version: Version) -> "Scorer":
+    """A version's compiled scorer, verified by our own record of its digest and by its self-test."""
+    from streamflow import scoring
+
+    scorer = _recorded_scorer(platform, version.run_id, version.artifact_sha256)
+    scoring.self_test(scorer)
+    return scorer
+
+
+def compare_versions(platform: Platform, candidate: Version, production: Version) -> "Comparison":
+    """Hold a version against Production on the held-out users of the newer of the months that they were trained on.
+
+    On its own old month a model of long ago would beat what the world of today needs. Raises TrainingRefused when that
+    dataset is gone, ArtifactRefused when a scorer is not the one registered.
+    """
+    from streamflow import procedure
+
+    newer = max(candidate, production, key=lambda version: version.as_of)
+    return procedure.compare(
+        _dataset(platform, newer.dataset_digest),
+        scorer_of(platform, candidate),
+        scorer_of(platform, production),
+        procedure.Procedure.of_document(candidate.lineage, platform.contract).config,
+    )
+
+
 def rebuild(platform: Platform, number: int) -> Rebuilt:
     """Make a version's dataset anew from the archived files, train again, and compare both with the record.
 
-    Works on what the version was made from, whatever has landed since. Raises UnknownVersion, and ArchiveUnusable when
-    the archive no longer has those bytes.
+    Works on what the version was made from, and by the configuration of then, whatever has landed or changed since.
+    Raises UnknownVersion, and ArchiveUnusable when the archive no longer has those bytes.
     """
-    version, contract = platform.ledger.version(number), platform.contract
-    lineage = version.lineage
-    month, service = Month.parse(lineage["month"]), contract.service(version.service)
-    label_month = month.shift(contract.label_horizon_months)
+    from streamflow import procedure
+
+    version = platform.ledger.version(number)
+    data = _archived_dataset(platform, version.lineage)
+    candidate = procedure.run(
+        data, procedure.Procedure.of_document(version.lineage, platform.contract), platform.contract
+    )
+    registered = procedure.score(scorer_of(platform, version), data.frame)
+    then, libraries_then = version.lineage["code_version"], version.lineage["libraries"]
+    changes = (
+        ("code", then, code_version()),
+        *((library, libraries_then.get(library), now) for library, now in libraries().items()),
+    )
+    return Rebuilt(
+        number,
+        data.digest == version.dataset_digest,
+        candidate.predictions_digest == version.predictions_digest,
+        float(abs(registered - candidate.probabilities).max()),
+        {name: f"{then} then, {now} now" for name, then, now in changes if then != now},
+    )
+
+
+def _archived_dataset(platform: Platform, lineage: Mapping[str, Any]) -> TrainingDataset:
+    contract, month, label_month = platform.contract, Month.parse(lineage["month"]), Month.parse(lineage["label_month"])
     frames = {
         name: platform.landing.read_archived(
             label_month if name == contract.label_table.name else month, name, source["digest"]
@@ -446,25 +628,10 @@ def rebuild(platform: Platform, number: int) -> Rebuilt:
     }
     labels = frames[contract.label_table.name]
     joined = labels[[USER_ID]].assign(**{dataset.EVENT_TIMESTAMP: month.event_time})
-    for view in service.views:
+    for view in contract.views:
         known = frames[contract.tables[0].name][[USER_ID]].merge(frames[view.table.name], on=USER_ID)
         joined = joined.merge(known[[USER_ID, *(column.name for column in view.columns)]], on=USER_ID, how="left")
-    data = dataset.assemble(joined, labels, service, month=month, label_month=label_month, contract=contract)
-    candidate = fit_candidate(data, lineage["estimator"])
-    changed = {
-        name: f"{then} then, {now} now"
-        for name, then, now in (
-            ("code", lineage["code_version"], code_version()),
-            *((library, lineage["libraries"].get(library), now) for library, now in libraries().items()),
-        )
-        if then != now
-    }
-    return Rebuilt(
-        number,
-        data.digest == version.dataset_digest,
-        candidate.predictions_digest == version.predictions_digest,
-        changed,
-    )
+    return dataset.assemble(joined, labels, month=month, label_month=label_month, contract=contract)
 
 
 def run_link(platform: Platform, run_id: str) -> str:
@@ -472,12 +639,9 @@ def run_link(platform: Platform, run_id: str) -> str:
     return f"{platform.settings.mlflow_page}/#/experiments/{platform.registry.experiment_id}/runs/{run_id}"
 
 
-def predictions_digest(user_ids: Sequence[str], probabilities: "NDArray[np.float64]") -> str:
-    """SHA-256 of who got which probability, to the last bit, in the order of user_id."""
-    order = np.argsort(np.array(user_ids, dtype=object))
-    digest = hashlib.sha256("\n".join(user_ids[index] for index in order).encode())
-    digest.update(np.ascontiguousarray(probabilities[order], dtype="<f8").tobytes())
-    return digest.hexdigest()
+def card_link(platform: Platform, run_id: str) -> str:
+    """Where a run's model card is in the MLflow UI."""
+    return f"{run_link(platform, run_id)}/artifacts/{MODEL_CARD}"
 
 
 @functools.cache

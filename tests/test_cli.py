@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,6 +120,17 @@ def streamflow(world: World, monkeypatch: pytest.MonkeyPatch, here: Callable[...
     return here
 
 
+@pytest.fixture
+def empty(
+    streamflow: Callable[..., Done], new_database: Callable[[], Database], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Done]:
+    """The same on an installation where nothing has run yet."""
+    database = new_database()
+    migrate(database)
+    monkeypatch.setenv("STREAMFLOW_DATABASE_URL", database.url)
+    return streamflow
+
+
 Streamflow = Callable[..., Done]
 
 
@@ -221,6 +232,9 @@ def test_a_bad_folder_is_refused_with_file_line_column_and_reason(
         ("promote", "1", "--by", "anna"),
         ("promote", "first", "--by", "anna", "--reason", "why"),
         ("rollback", "--reason", "why"),
+        ("threshold", "1", "high", "--by", "anna", "--reason", "why"),
+        ("threshold", "1", "0.4"),
+        ("ledger", "--at", "yesterday"),
         ("status", "--yaml"),
         ("frobnicate",),
     ],
@@ -239,7 +253,7 @@ def test_a_folder_that_is_not_there_is_said(streamflow: Streamflow, tmp_path: Pa
 
 def test_migrate_says_what_it_changed(world: World) -> None:
     assert (world.migrated.code, world.migrated.err) == (0, "")
-    assert world.migrated.out.startswith("migrated from an empty database to 0001\ncreated users\n")
+    assert world.migrated.out.startswith("migrated from an empty database to 0002\ncreated users\n")
 
 
 # --- running months -----------------------------------------------------------------------------------------------
@@ -283,7 +297,8 @@ def test_status_json_has_the_contracts_shape(streamflow: Streamflow) -> None:
     assert (done.code, done.err) == (0, "")
     production = status["production"]
     assert {"version", "run_id", "as_of", "threshold", "promoted_at", "promoted_by"} <= set(production)
-    assert (production["version"], production["as_of"], production["threshold"]) == (1, "2024-01-31", 0.5)
+    assert (production["version"], production["as_of"]) == (1, "2024-01-31")
+    assert 0 < production["threshold"] < 1
     assert production["promoted_by"] == "policy"
     assert datetime.fromisoformat(production["promoted_at"]).utcoffset() is not None
     for month in status["months"]:
@@ -292,8 +307,9 @@ def test_status_json_has_the_contracts_shape(streamflow: Streamflow) -> None:
 
 
 def test_status_is_told_to_people(streamflow: Streamflow) -> None:
+    threshold = json.loads(streamflow("status", "--json").out)["production"]["threshold"]
     lines = streamflow("status").out.splitlines()
-    assert lines[0].startswith("Production: version 1, trained as of 2024-01-31, threshold 0.5, promoted ")
+    assert lines[0].startswith(f"Production: version 1, trained as of 2024-01-31, threshold {threshold:g}, promoted ")
     assert lines[0].endswith(" UTC by policy")
     assert ["2024-01", "complete", "1", "600"] in [line.split() for line in lines]
     (incomplete,) = [line for line in lines if "2024-02" in line]
@@ -309,23 +325,54 @@ def test_models_json_has_the_contracts_shape(streamflow: Streamflow) -> None:
         (1, PRODUCTION, "2024-01-31"),
         (2, STAGING, "2024-03-31"),
     ]
+    assert [len(one["gates"]) for one in models] == [14, 16]
     for one in models:
-        assert {"auc", "f1", "accuracy", "logloss"} <= set(one["metrics"])
+        assert {"auc", "f1", "accuracy", "logloss", "ece", "brier"} <= set(one["metrics"])
         assert {"name", "passed", "value", "bound", "reason"} <= set(one["gates"][0])
+        assert one["evidence"]["metrics"]["auc"]["value"] == one["metrics"]["auc"]
+        assert {"segments", "fairness", "invariances", "parity_difference"} <= set(one["evidence"])
+        assert 0 < one["threshold"] < 1
 
 
 def test_models_are_told_to_people(streamflow: Streamflow) -> None:
+    known, _ = json.loads(streamflow("models", "--json").out)
     header, first, second = streamflow("models").out.splitlines()
-    assert header.split()[:2] == ["version", "stage"]
+    columns = header.split("  ")
+    assert [column.strip() for column in columns if column.strip()] == [
+        *("version", "stage", "as of", "AUC (95 % interval)", "threshold", "service", "estimator", "gates")
+    ]
     assert first.split()[:3] == ["1", PRODUCTION, "2024-01-31"]
-    assert second.split()[-1] == "passed"
+    auc = known["evidence"]["metrics"]["auc"]
+    assert f"{auc['value']:.3f} ({auc['low']:.3f} to {auc['high']:.3f})" in first
+    assert first.split()[-4:] == [f"{known['threshold']:.4g}", known["service"], known["estimator"], "passed"]
+    assert "failed: better_than_production" in second
+
+
+def test_models_say_when_there_is_none(empty: Streamflow) -> None:
+    assert empty("models").out == "No version is registered yet; `streamflow run MONTH` trains one.\n"
+    assert json.loads(empty("models", "--json").out) == []
 
 
 # --- promotion ----------------------------------------------------------------------------------------------------
 
 
+def test_a_failed_gate_is_refused_with_value_and_bound_and_an_override_is_recorded(streamflow: Streamflow) -> None:
+    refused = streamflow("promote", 2, "--by", "anna", "--reason", "fresher")
+    assert_refused(refused, "--override promotes it all the same")
+    first, *gates = refused.err.splitlines()
+    failed = first.partition("gates failed: ")[2].partition(";")[0].split(", ")
+    assert [line.partition(":")[0].strip() for line in gates] == failed
+    assert "better_than_production: AUC minus Production's, of the same" in refused.err
+    assert "the lower end must exceed 0" in refused.err
+
+    entry = json.loads(streamflow("promote", 2, "--by", "anna", "--reason", "fresher", "--override", "--json").out)
+    assert (entry["action"], entry["override"], entry["previous"], entry["threshold"]) == ("promote", True, 1, None)
+    assert [gate["name"] for gate in entry["gates"] if not gate["passed"]] == failed
+    assert streamflow("rollback", *DECIDER).out == "Version 1 is Production, by anna; before: version 2\n"
+
+
 def test_promote_and_roll_back(streamflow: Streamflow) -> None:
-    said = streamflow("promote", 2, "--by", "anna", "--reason", "fresher")
+    said = streamflow("promote", 2, "--by", "anna", "--reason", "fresher", "--override")
     assert (said.code, said.out) == (0, "Version 2 is Production, by anna; before: version 1\n")
     assert [one["stage"] for one in json.loads(streamflow("models", "--json").out)] == [ARCHIVED, PRODUCTION]
     assert json.loads(streamflow("status", "--json").out)["production"]["promoted_by"] == "anna"
@@ -336,12 +383,69 @@ def test_promote_and_roll_back(streamflow: Streamflow) -> None:
     assert [one["stage"] for one in json.loads(streamflow("models", "--json").out)] == [PRODUCTION, ARCHIVED]
 
 
+def test_a_threshold_is_changed_and_shown(streamflow: Streamflow) -> None:
+    said = streamflow("threshold", 1, 0.31, "--by", "dora", "--reason", "500 calls")
+    assert said == Done(0, "Version 1 says churn from probability 0.31 on, by dora\n", "")
+    assert json.loads(streamflow("status", "--json").out)["production"]["threshold"] == 0.31
+    assert [one["threshold"] == 0.31 for one in json.loads(streamflow("models", "--json").out)] == [True, False]
+
+    entry = json.loads(streamflow("threshold", 1, 0.32, *DECIDER, "--json").out)
+    assert (entry["action"], entry["version"], entry["previous"], entry["threshold"]) == ("threshold", 1, 1, 0.32)
+    for value in (0, 1, 1.5, "nan"):
+        assert_refused(streamflow("threshold", 1, value, *DECIDER), "between 0 and 1, both excluded")
+    assert_refused(streamflow("threshold", 1, 0.32, *DECIDER), "the threshold of version 1 is 0.32 already")
+
+
+def test_the_ledger_is_told_to_people_and_programs(streamflow: Streamflow) -> None:
+    assert streamflow("threshold", 2, 0.77, *DECIDER).code == 0
+    entries = json.loads(streamflow("ledger", "--json").out)
+    assert [(one["action"], one["version"], one["previous"]) for one in entries[:2]] == [
+        ("promote", 1, None),
+        ("refuse", 2, 1),
+    ]
+    assert {one["by"] for one in entries[:2]} == {"policy"}
+    header, *rows = streamflow("ledger").out.splitlines()
+    assert [column.strip() for column in header.split("  ") if column.strip()] == [
+        *("when (UTC)", "what", "version", "before", "by", "policy", "reason")
+    ]
+    assert len(rows) == len(entries)
+    for entry, row in zip(entries, rows, strict=True):
+        at = datetime.fromisoformat(entry["at"])
+        assert row.startswith(f" {at:%Y-%m-%d %H:%M:%S}  {entry['action']}")
+        assert row.rstrip().endswith(entry["reason"])
+    assert [" promote, override " in row for row in rows] == [one["override"] for one in entries]
+    assert " threshold 0.77 " in rows[-1]
+
+
+def test_the_ledger_knows_what_was_production_when(streamflow: Streamflow) -> None:
+    entries = json.loads(streamflow("ledger", "--json").out)
+    made = [one for one in entries if one["action"] in ("promote", "rollback")]
+    for entry in made:
+        told = json.loads(streamflow("ledger", "--at", entry["at"], "--json").out)
+        assert (told["production"], told["decision"]) == (entry["version"], entry)
+    first = datetime.fromisoformat(made[0]["at"])
+    before = (first - timedelta(seconds=1)).isoformat()
+    assert json.loads(streamflow("ledger", "--at", before, "--json").out)["production"] is None
+    assert streamflow("ledger", "--at", "2024-01-01").out == "Production at 2024-01-01 00:00:00 UTC: nothing\n"
+    said = streamflow("ledger", "--at", "2999-01-01T02:00+02:00").out
+    newest = f"{datetime.fromisoformat(made[-1]['at']):%Y-%m-%d %H:%M:%S} UTC by {made[-1]['by']}"
+    how = f"rolled back to {newest}: {made[-1]['reason']}"
+    assert said == f"Production at 2999-01-01 00:00:00 UTC: version 1, {how}\n"
+
+
+def test_an_empty_ledger_is_said(empty: Streamflow) -> None:
+    nothing = "Nothing has been decided yet; `streamflow run MONTH` registers a first version.\n"
+    assert empty("ledger").out == nothing
+    assert json.loads(empty("ledger", "--json").out) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
         (("promote", 1), "version 1 is in Production already"),
         (("promote", 77), "there is no version 77; registered are: 1, 2"),
         (("rollback", 77), "there is no version 77; registered are: 1, 2"),
+        (("threshold", 77, 0.4), "there is no version 77; registered are: 1, 2"),
         (("rollback", 1), "version 1 is in Production already"),
         (("rollback",), "version 1 is the first in Production; it has no predecessor"),
         (("rebuild", "--version", 77), "there is no version 77; registered are: 1, 2"),
@@ -376,20 +480,31 @@ def without_dagster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_dagster_runner", lambda: SimpleNamespace(instance=nullcontext))
 
 
+def interrupted(database: Database) -> None:
+    """As if nobody had noted that MLflow's stages follow the ledger."""
+    with database.connect() as connection:
+        connection.execute("DELETE FROM streamflow.stages_followed")
+
+
 def test_migrate_lets_mlflow_follow_the_ledger(
     streamflow: Streamflow, database: Database, without_dagster: None
 ) -> None:
     registry = Registry(Settings(), database)
-    registry.set_stage(2, PRODUCTION)
-
+    registry.set_stage(1, ARCHIVED)
     assert streamflow("migrate") == Done(0, "", "")
-    assert {number: one.stage for number, one in registry.versions().items()} == {1: PRODUCTION, 2: ARCHIVED}
+    assert registry.versions()[1].stage == ARCHIVED  # by hand, which is not for migrate to judge
+
+    interrupted(database)
+    assert streamflow("migrate") == Done(0, "", "")
+    assert registry.versions()[1].stage == PRODUCTION
 
 
 def test_migrate_goes_on_without_mlflow(
-    streamflow: Streamflow, without_dagster: None, monkeypatch: pytest.MonkeyPatch
+    streamflow: Streamflow, database: Database, without_dagster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STREAMFLOW_MLFLOW_URI", CLOSED)
+    assert streamflow("migrate") == Done(0, "", "")
+    interrupted(database)
     done = streamflow("migrate")
     assert done.code == 0
     assert done.err.startswith("MLflow's stages could not follow the ledger: MLflow does not answer")
