@@ -2,7 +2,7 @@
 
 from dagster import Definitions, in_process_executor
 
-from streamflow_dagster.defs import feature_views, jobs, landing, model, snapshots
+from streamflow_dagster.defs import automation, feature_views, jobs, landing, model, snapshots
 from streamflow_dagster.defs.resources import PlatformResource
 
 
@@ -11,6 +11,7 @@ def build_definitions(core: PlatformResource | None = None) -> Definitions:
     return Definitions(
         assets=[*landing.ASSETS, *snapshots.ASSETS, *feature_views.ASSETS, *model.ASSETS],
         jobs=jobs.JOBS,
+        sensors=automation.SENSORS,
         resources={"core": core or PlatformResource()},
         executor=in_process_executor,
     )

@@ -1,7 +1,7 @@
 """Materializes months from the command line: one run each, recorded in Dagster like those from its UI."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from uuid import uuid4
@@ -9,6 +9,7 @@ from uuid import uuid4
 from dagster import DagsterEventType, DagsterInstance, ExecuteInProcessResult, JobDefinition
 
 from streamflow.months import Month
+from streamflow.pipeline import CHURN_MODEL
 
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 STATEMENT_TIMEOUT_MS = 60_000
@@ -51,12 +52,23 @@ def assets_of(*, labelled: bool) -> int:
     return len(_job(labelled=labelled).asset_layer.selected_asset_keys)
 
 
-def run_month(opened: DagsterInstance, month: Month, *, labelled: bool, progress: Progress) -> MonthRun:
-    """Materialize one month, without labels and model when it has no labels; a failure is returned, not raised."""
+def run_month(
+    opened: DagsterInstance,
+    month: Month,
+    *,
+    labelled: bool,
+    progress: Progress,
+    choice: Mapping[str, str | None] | None = None,
+) -> MonthRun:
+    """Materialize one month, without labels and model when it has no labels; a failure is returned, not raised.
+
+    ``choice`` is the configuration of the asset churn_model.
+    """
     run_id = str(uuid4())
+    config = {**QUIET, **({"ops": {CHURN_MODEL: {"config": dict(choice)}}} if choice and labelled else {})}
     with _reporting(opened, run_id, progress):
         result = _job(labelled=labelled).execute_in_process(
-            run_config=QUIET, instance=opened, partition_key=str(month), raise_on_error=False, run_id=run_id
+            run_config=config, instance=opened, partition_key=str(month), raise_on_error=False, run_id=run_id
         )
     stats = opened.get_run_stats(run_id)
     return MonthRun(month, run_id, (stats.end_time or 0) - (stats.start_time or 0), _failures(result))

@@ -3,16 +3,43 @@
 import base64
 from time import perf_counter
 
-from dagster import AssetCheckResult, AssetExecutionContext, MaterializeResult, MetadataValue, asset
+from dagster import (
+    AssetCheckResult,
+    AssetCheckSeverity,
+    AssetExecutionContext,
+    Config,
+    MaterializeResult,
+    MetadataValue,
+    asset,
+)
+from pydantic import Field
 
 from streamflow import pipeline
 from streamflow.contract import CONTRACT
+from streamflow.plots import with_interval
 from streamflow_dagster.defs import checks
 from streamflow_dagster.defs.partitions import MONTHLY
 from streamflow_dagster.defs.resources import PlatformResource
-from streamflow_dagster.defs.results import OWNERS, gates_as_table, materialized, month_of
+from streamflow_dagster.defs.results import (
+    OWNERS,
+    candidates_as_table,
+    gates_as_table,
+    materialized,
+    metrics_as_table,
+    month_of,
+)
 
-SNAPSHOTS = [view.snapshot for view in CONTRACT.service(pipeline.SERVICE).views]
+SNAPSHOTS = [str(table.snapshot) for table in CONTRACT.snapshots]
+SHOWN_IMAGES = {"ROC curve": "roc.png", "Reliability": "reliability.png", "Segments": "segments.png"}
+
+
+class TrainingChoice(Config):
+    """What a person may ask of a training from the launchpad; without it the model is chosen by cross-validation."""
+
+    estimator: str | None = Field(
+        None, description="Fit this estimator of training.toml as it comes: not calibrated, threshold 0.5."
+    )
+    service: str | None = Field(None, description="Use the features of this feature service only, such as churn_v1.")
 
 
 @asset(
@@ -22,13 +49,28 @@ SNAPSHOTS = [view.snapshot for view in CONTRACT.service(pipeline.SERVICE).views]
     kinds={"feast", "parquet"},
     code_version=pipeline.code_version("contract", "features", "dataset"),
     partitions_def=MONTHLY,
+    check_specs=[checks.no_single_feature_leaks("training_dataset")],
 )
 def training_dataset(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:
     """Features and labels of the same as_of, joined point in time through Feast, kept under their digest."""
     started = perf_counter()
     written = pipeline.assemble_dataset(core.platform, month_of(context), core.now())
-    shown = {name: written.facts[name] for name in ("service", "dropped", "churn_rate")}
-    return materialized(written, started, more={**shown, "files": MetadataValue.json(written.facts["files"])})
+    leaks = written.facts["possible_leaks"]
+    shown = {name: written.facts[name] for name in ("dropped", "churn_rate")}
+    return materialized(
+        written,
+        started,
+        checks=[
+            AssetCheckResult(
+                passed=not leaks,
+                check_name=checks.NO_LEAK,
+                severity=AssetCheckSeverity.WARN,
+                description="; ".join(f"{name} alone has AUC {auc:.3f}" for name, auc in leaks.items())
+                or "no feature alone separates the classes suspiciously well",
+            )
+        ],
+        more={**shown, "files": MetadataValue.json(written.facts["files"])},
+    )
 
 
 @asset(
@@ -36,34 +78,54 @@ def training_dataset(context: AssetExecutionContext, core: PlatformResource) -> 
     group_name="training",
     owners=OWNERS,
     kinds={"scikitlearn", "mlflow"},
-    code_version=pipeline.code_version("contract", "dataset", "training", "evaluation", "scoring"),
+    code_version=pipeline.code_version(
+        *("contract", "dataset", "training", "training_config", "selection", "procedure", "evaluation", "bootstrap"),
+        *("value", "scoring", "report", "plots", "model_card"),
+    ),
     partitions_def=MONTHLY,
     check_specs=checks.of_model("churn_model"),
     pool="training",
 )
-def churn_model(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:
-    """The month's churn model: fitted, evaluated on held-out users, compiled, and logged in MLflow."""
+def churn_model(context: AssetExecutionContext, core: PlatformResource, config: TrainingChoice) -> MaterializeResult:
+    """The month's churn model: chosen, fitted, evaluated on held-out users, compiled, and logged in MLflow."""
     started = perf_counter()
-    trained = pipeline.train(core.platform, month_of(context), core.now())
-    agreement = AssetCheckResult(
-        passed=trained.parity.holds,
-        check_name=checks.AGREES,
-        metadata={
-            "largest difference": trained.parity.max_difference,
-            "flipped decisions": trained.parity.flipped_decisions,
-        },
+    trained = pipeline.train(
+        core.platform, month_of(context), core.now(), estimator=config.estimator, service=config.service
     )
-    image = base64.b64encode(trained.roc).decode()
+    parity, model, evidence = trained.candidate.parity, trained.candidate.model, trained.measured.evidence
+    agreement = AssetCheckResult(
+        passed=parity.holds,
+        check_name=checks.AGREES,
+        metadata={"largest difference": parity.max_difference, "flipped decisions": parity.flipped_decisions},
+    )
+    forwards = {
+        f"forward in time: {one.trained_on} on {one.month}": (
+            f"AUC {with_interval(one.metrics['auc'])} of {one.users:,} held-out users"
+        )
+        for one in trained.forwards
+    }
     return materialized(
         trained.write,
         started,
         checks=[agreement],
         more={
-            **trained.metrics,
-            "ROC curve": MetadataValue.md(f"![ROC curve](data:image/png;base64,{image})"),
+            "estimator": model.estimator,
+            "feature service": model.service.name,
+            "calibrated": model.calibrated,
+            "threshold": model.threshold,
+            "metrics": MetadataValue.md(metrics_as_table(evidence)),
+            "candidates": MetadataValue.md(candidates_as_table(trained.candidate.selection)),
+            **forwards,
+            **({"not validated forward in time": "; ".join(trained.not_validated)} if trained.not_validated else {}),
+            **{title: _shown(trained.images[name], title) for title, name in SHOWN_IMAGES.items()},
+            "model card": MetadataValue.url(pipeline.card_link(core.platform, trained.run_id)),
             "MLflow run": MetadataValue.url(pipeline.run_link(core.platform, trained.run_id)),
         },
     )
+
+
+def _shown(image: bytes, title: str) -> MetadataValue:
+    return MetadataValue.md(f"![{title}](data:image/png;base64,{base64.b64encode(image).decode()})")
 
 
 @asset(
@@ -71,7 +133,7 @@ def churn_model(context: AssetExecutionContext, core: PlatformResource) -> Mater
     group_name="registry",
     owners=OWNERS,
     kinds={"mlflow"},
-    code_version=pipeline.code_version("promotion", "registry"),
+    code_version=pipeline.code_version("gates", "promotion", "registry"),
     partitions_def=MONTHLY,
 )
 def registered_model_version(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:
@@ -85,7 +147,8 @@ def registered_model_version(context: AssetExecutionContext, core: PlatformResou
             "version": registered.version.version,
             "promoted": registered.decision.promote,
             "decision": registered.decision.reason,
-            "gates": MetadataValue.md(gates_as_table(registered.version.gates)),
+            "gates": MetadataValue.md(gates_as_table(registered.decision.gates)),
+            "model card": MetadataValue.url(pipeline.card_link(core.platform, registered.version.run_id)),
             "MLflow run": MetadataValue.url(pipeline.run_link(core.platform, registered.version.run_id)),
         },
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dagster import (
     AssetCheckResult,
@@ -14,8 +14,11 @@ from dagster import (
 )
 
 from streamflow.months import Month
-from streamflow.promotion import Gate
+from streamflow.promotion import Evidence, Gate
 from streamflow.warehouse import Finding, MonthWrite
+
+if TYPE_CHECKING:
+    from streamflow.selection import Selection
 
 OWNERS = ["team:platform"]
 
@@ -71,3 +74,28 @@ def gates_as_table(gates: Iterable[Gate]) -> str:
     """The gates as a Markdown table."""
     rows = [f"| {gate.name} | {'passed' if gate.passed else '**failed**'} | {gate.reason} |" for gate in gates]
     return "\n".join(["| gate | outcome | reason |", "| --- | --- | --- |", *rows])
+
+
+def metrics_as_table(evidence: Evidence) -> str:
+    """The metrics on held-out users with their intervals, beside those on training users, as a Markdown table."""
+    rows = [
+        f"| {name} | {one.value:.4f} | {one.low:.4f} to {one.high:.4f} | {evidence.train_metrics[name]:.4f} |"
+        for name, one in evidence.metrics.items()
+    ]
+    return "\n".join(
+        ["| metric | held-out users | 95 % interval | training users |", "| --- | --- | --- | --- |", *rows]
+    )
+
+
+def candidates_as_table(selection: "Selection | None") -> str:
+    """The candidates, simplest first, with the reason for the choice, as Markdown."""
+    if selection is None:
+        return "trained by name; nothing was chosen"
+    rows = [
+        f"| {'**' if one.chosen else ''}{one.estimator}{'**' if one.chosen else ''} | {one.service} "
+        f"| {'yes' if one.calibrated else 'no'} | {one.logloss:.4f} | {one.difference:+.4f} ± {one.standard_error:.4f} "
+        f"| {one.auc:.4f} | {one.seconds:.1f} |"
+        for one in selection.candidates
+    ]
+    header = "| estimator | features | calibrated | logloss | to the best | AUC | seconds |"
+    return "\n".join([selection.reason, "", header, "| --- | --- | --- | --- | --- | --- | --- |", *rows])

@@ -22,7 +22,7 @@ def snapshot_of(table: Table) -> AssetsDefinition:
 
     @asset(
         name=name,
-        deps=[USERS.name, table.name],
+        deps=list(dict.fromkeys((USERS.name, table.name))),
         group_name="snapshots",
         description=f"{table.description} One row for each customer of the month, as of its last day.",
         owners=OWNERS,

@@ -24,10 +24,15 @@ VICTIM = "usage_agg_30d"
 
 
 @pytest.fixture(scope="module")
-def platform(tmp_path_factory, database):
+def platform(tmp_path_factory, database, quick_training_file):
     home = tmp_path_factory.mktemp("graph")
     simulate(home / "data", [JANUARY, FEBRUARY, MARCH], users=USERS)
-    settings = Settings(home=home, database_url=database.url, owner_database_url=database.owner_url)
+    settings = Settings(
+        home=home,
+        database_url=database.url,
+        owner_database_url=database.owner_url,
+        training_file=quick_training_file,
+    )
     with mock.patch.dict("os.environ", stack.environment(settings, database)):
         platform = Platform(settings, database)
         pipeline.prepare(Platform(settings, database))
@@ -85,7 +90,7 @@ def check_states(dagster, asset, check):
 def test_a_month_goes_through_the_whole_graph_and_every_asset_is_told(february):
     done, told = february
     assert done.failures == {}
-    assert len(told) == len(set(told)) == runner.assets_of(labelled=True) == 17
+    assert len(told) == len(set(told)) == runner.assets_of(labelled=True) == 20
     assert told.index("users") < told.index("usage_agg_30d_snapshots") < told.index("usage_agg_30d_fv")
 
 
@@ -103,16 +108,22 @@ def test_metadata_says_rows_digest_revision_duration_and_links(platform, dagster
     model = metadata(dagster, "churn_model", FEBRUARY)
     assert model["ROC curve"].startswith("![ROC curve](data:image/png;base64,iVBOR")
     assert "/runs/" in model["MLflow run"]
-    assert 0.5 < model["auc"] < 1
+    assert model["Reliability"].startswith("![Reliability](data:image/png;base64,iVBOR")
+    assert model["model card"] == f"{model['MLflow run']}/artifacts/model_card.html"
+    assert "| auc | 0." in model["metrics"]
+    assert f"**{model['estimator']}** | {model['feature service']} |" in model["candidates"]
     version = metadata(dagster, "registered_model_version", FEBRUARY)
     assert version["version"] == 1
     assert version["promoted"] is True
     assert "| no_decision_flips | passed |" in version["gates"]
+    assert version["model card"].endswith("/artifacts/model_card.html")
 
 
 def test_checks_stand_under_their_month(dagster, february):
     assert check_states(dagster, "users", "row_count_equals_source")["2024-02"] == "SUCCEEDED"
     assert check_states(dagster, "churn_model", "compiled_scorer_agrees")["2024-02"] == "SUCCEEDED"
+    leaks = "no_single_feature_separates_the_classes"
+    assert check_states(dagster, "training_dataset", leaks)["2024-02"] == "SUCCEEDED"
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +171,7 @@ def test_a_bad_month_does_not_stop_another_and_shows_under_its_own(dagster, bad_
 
 def test_a_month_without_labels_has_its_features_online_and_trains_nothing(platform, bad_january):
     _, (march, told) = bad_january
-    assert len(told) == runner.assets_of(labelled=False) == 13
+    assert len(told) == runner.assets_of(labelled=False) == 16
     assert "labels" not in told
     states = {one.month: one.state for one in month_statuses(platform)}
     assert states["2024-03"] == "unlabelled"
@@ -180,3 +191,17 @@ def test_the_mended_month_and_late_labels_complete_everything(platform, dagster,
     assert {one.state for one in month_statuses(platform)} == {"complete"}
     assert [version.as_of.month for version in platform.ledger.versions()] == [2, 1, 3]
     assert platform.ledger.production() == 1
+
+
+def test_a_person_can_train_an_estimator_by_name_from_the_launchpad(platform, dagster, february):
+    choice = {"estimator": "random_forest_baseline", "service": "churn_v1"}
+    done = runner.run_month(dagster, FEBRUARY, labelled=True, choice=choice, progress=lambda _: None)
+    assert done.failures == {}
+    newest = platform.ledger.versions()[-1]
+    assert (newest.lineage["estimator"], newest.service) == ("random_forest_baseline", "churn_v1")
+    assert (newest.lineage["estimator_by_name"], newest.threshold) == ("random_forest_baseline", 0.5)
+
+
+def test_an_unknown_estimator_fails_with_what_there_is(dagster, february):
+    done = runner.run_month(dagster, FEBRUARY, labelled=True, choice={"estimator": "oracle"}, progress=lambda _: None)
+    assert "there is no estimator 'oracle'; training.toml has logistic_regression" in done.failures["churn_model"]

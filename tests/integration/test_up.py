@@ -42,11 +42,18 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def new_settings(tmp_path_factory):
+def new_settings(tmp_path_factory, quick_training_file):
     def make():
         api, dagster, mlflow, code = free_ports(4)
         home = tmp_path_factory.mktemp("home")
-        return Settings(home=home, api_port=api, dagster_port=dagster, mlflow_port=mlflow, code_port=code)
+        return Settings(
+            home=home,
+            api_port=api,
+            dagster_port=dagster,
+            mlflow_port=mlflow,
+            code_port=code,
+            training_file=quick_training_file,
+        )
 
     return make
 
@@ -142,7 +149,9 @@ def test_a_second_start_changes_nothing_answers_and_stops_cleanly_on_interrupt(u
         assert answer.status_code == 200, answer.text
         assert answer.json()["model_version"] == 1
         assert answer.json()["features_as_of"] == "2024-02-29"
-        code, output = finished(streamflow(settings, "promote", "2", "--by", "an engineer", "--reason", "newer month"))
+        code, output = finished(
+            streamflow(settings, "promote", "2", "--by", "an engineer", "--reason", "newer month", "--override")
+        )
         assert code == 0, output
         served = None
         deadline = time.monotonic() + 30

@@ -1,0 +1,100 @@
+"""What runs by itself: the watch over MLflow's stages."""
+
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from types import SimpleNamespace
+
+import pytest
+from dagster import DefaultSensorStatus, SensorDefinition, SkipReason, build_sensor_context
+
+from streamflow import pipeline
+from streamflow.errors import RegistryUnavailable, WarehouseUnavailable
+from streamflow.promotion import Entry
+from streamflow_dagster.definitions import build_definitions
+from streamflow_dagster.defs.resources import PlatformResource
+
+NOW = datetime(2024, 2, 3, tzinfo=UTC)
+FOUND = [
+    Entry(NOW, "promote", 3, 2, "mlflow", "stage Production set by hand in MLflow", "manual", False, ()),
+    Entry(NOW, "flag", 9, 3, "mlflow", "taken back", "manual", False, ()),
+]
+
+
+class Ledger:
+    """Answers or fails as told, and keeps what it was asked."""
+
+    def __init__(self):
+        self.outcome = []
+        self.asked = {}
+
+    def reconcile(self, **asked):
+        self.asked = asked
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
+ledger = Ledger()
+platform = SimpleNamespace(ledger=ledger, policy="the policy")
+
+
+class Core(PlatformResource):
+    @contextmanager
+    def yield_for_execution(self, context):
+        yield self
+
+    @property
+    def platform(self):
+        return platform
+
+    def now(self):
+        return NOW
+
+
+@pytest.fixture(scope="module")
+def registry_stages() -> SensorDefinition:
+    (found,) = build_definitions().sensors
+    return found
+
+
+def looked(sensor, outcome, caplog):
+    ledger.outcome = outcome
+    with build_sensor_context(resources={"core": Core()}) as context:
+        context.log.addHandler(caplog.handler)
+        answer = sensor(context)
+    assert isinstance(answer, SkipReason)
+    return answer.skip_message, [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_the_watch_runs_by_itself_every_half_minute_and_requests_nothing(registry_stages):
+    assert registry_stages.name == "registry_stages"
+    assert registry_stages.default_status is DefaultSensorStatus.RUNNING
+    assert registry_stages.minimum_interval_seconds == 30
+    assert "ledger" in registry_stages.description
+    assert registry_stages.targets == []
+
+
+def test_nothing_changed_by_hand_is_said(registry_stages, caplog):
+    assert looked(registry_stages, [], caplog) == ("MLflow's stages are those of the ledger", [])
+    assert (ledger.asked["now"], ledger.asked["policy"]) == (NOW, "the policy")
+    compare, self_test = ledger.asked["compare"], ledger.asked["self_test"]
+    assert (compare.func, compare.args) == (pipeline.compare_versions, (platform,))
+    assert (self_test.func, self_test.args) == (pipeline.scorer_of, (platform,))
+
+
+def test_what_was_found_is_said_logged_and_put_on_the_card_of_a_version_of_ours(registry_stages, caplog, monkeypatch):
+    explained = []
+    monkeypatch.setattr(pipeline, "explain", lambda _, entry: explained.append(entry.version))
+    said = ["promote version 3: stage Production set by hand in MLflow", "flag version 9: taken back"]
+    assert looked(registry_stages, FOUND, caplog) == ("; ".join(said), said)
+    assert explained == [3]
+
+
+def test_an_mlflow_that_is_away_is_no_failure_of_ours(registry_stages, caplog):
+    away = RegistryUnavailable("MLflow does not answer")
+    assert looked(registry_stages, away, caplog) == ("not looked at: MLflow does not answer", [])
+
+
+def test_any_other_failure_is_one(registry_stages, caplog):
+    with pytest.raises(WarehouseUnavailable):
+        looked(registry_stages, WarehouseUnavailable("PostgreSQL does not answer"), caplog)
