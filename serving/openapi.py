@@ -92,7 +92,8 @@ def _service_schema(service: FeatureService) -> Schema:
         title=service.name,
         description=service.description,
         properties={column.name: _column_schema(column) for column in service.columns},
-        required=[column.name for column in service.columns],
+        required=service.names,
+        additional_properties=False,
     )
 
 
@@ -165,10 +166,15 @@ def _schema(name: str, schema: dict[str, Any]) -> str:
 
 
 def _fields(schema: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, about in schema.get("properties", {}).items():
+    """Each field once, also where there are several schemas to choose from; it is then said which have it."""
+    choices = [choice.get("properties", {}) for choice in schema.get("anyOf", [schema])]
+    for name in dict.fromkeys(name for fields in choices for name in fields):
+        about = next(fields[name] for fields in choices if name in fields)
+        if not all(name in fields for fields in choices):
+            having = [choice["title"] for choice in schema["anyOf"] if name in choice["properties"]]
+            about = {**about, "description": f"{about['description']} Only of {', '.join(having)}."}
         yield f"{prefix}{name}", about
-        for inner in about.get("anyOf", [about]):
-            yield from _fields(inner, f"{prefix}{name}.")
+        yield from _fields(about, f"{prefix}{name}.")
 
 
 def _type(schema: dict[str, Any]) -> str:
@@ -180,6 +186,8 @@ def _type(schema: dict[str, Any]) -> str:
     if "items" in schema:
         return f"array of {_type(schema['items'])}"
     kind = schema.get("type", "")
+    if kind == OpenAPIType.OBJECT.value and "title" in schema:
+        return escape(schema["title"])
     return escape(" or ".join(kind) if isinstance(kind, list) else str(kind))
 
 

@@ -26,11 +26,17 @@ NOT_CHECKED = "not checked yet: the service is starting"
 NOTHING_PROMOTED = "no version is in Production; run `streamflow promote VERSION --by NAME --reason TEXT`"
 
 NEWEST_DECISION = b"""
-    SELECT ledger.id, ledger.at, version, run_id, service, as_of, threshold, artifact_path, artifact_sha256
-    FROM streamflow.promotion_ledger AS ledger
-    JOIN streamflow.model_versions USING (version)
-    WHERE ledger.action <> 'refuse'
-    ORDER BY ledger.id DESC
+    SELECT decision.id, decision.at, version, run_id, service, as_of,
+        coalesce(
+            (SELECT later.threshold FROM streamflow.promotion_ledger AS later
+             WHERE later.action = 'threshold' AND later.version = decision.version ORDER BY later.id DESC LIMIT 1),
+            registered.threshold
+        ),
+        artifact_path, artifact_sha256
+    FROM streamflow.promotion_ledger AS decision
+    JOIN streamflow.model_versions AS registered USING (version)
+    WHERE decision.action IN ('promote', 'rollback')
+    ORDER BY decision.id DESC
     LIMIT 1
 """
 
@@ -41,7 +47,10 @@ class NoModel(StreamFlowError):
 
 @dataclass(frozen=True)
 class Production:
-    """The version that the ledger's newest decision, row ``entry``, made Production."""
+    """The version that the ledger's newest promotion or rollback, row ``entry``, made Production.
+
+    ``threshold`` is the one in force: the newest that was decided for the version, or the registered one.
+    """
 
     entry: int
     promoted_at: datetime

@@ -27,8 +27,9 @@ from streamflow.database import Database
 from streamflow.dataset import TrainingDataset
 from streamflow.months import Month
 from streamflow.scoring import compile_pipeline, sha256
-from streamflow.settings import Settings
-from streamflow.training import fit
+from streamflow.settings import PROJECT_ROOT, Settings
+from streamflow.training import ModelSpec, fit
+from streamflow.training_config import TrainingConfig
 from streamflow.warehouse import migrate
 
 JANUARY = Month.parse("2024-01")
@@ -48,7 +49,18 @@ FEATURES = {
     "support_tickets_90d": 3,
     "ticket_avg_resolution_hrs_90d": 16.0,
 }
+"""What every customer has unless a test says otherwise: the features of churn_v1, and after them the others."""
+FURTHER_FEATURES = {
+    "contract_type": "Month-to-month",
+    "total_paid": 29.85,
+    "user_gender": "Female",
+    "user_is_senior": False,
+    "has_family": True,
+    "has_dependents": False,
+}
 KNOWN = "7590-VHVEG"
+CONFIG = TrainingConfig.load(PROJECT_ROOT / "training.toml")
+BASELINE = ModelSpec("random_forest_baseline", CONTRACT.service("churn_v1"), calibrated=False, threshold=0.5)
 
 
 def eventually(check: Callable[[], bool], *, within_s: float = 10.0) -> None:
@@ -80,25 +92,19 @@ def with_a_new_feature() -> Contract:
         replace(table, columns=(*table.columns, column)) if table.name == "payments_agg_90d" else table
         for table in CONTRACT.tables
     ]
-    return Contract(
-        tuple(tables),
-        CONTRACT.view_descriptions,
-        CONTRACT.service_views,
-        CONTRACT.service_descriptions,
-        CONTRACT.label,
-    )
+    return replace(CONTRACT, tables=tuple(tables))
 
 
-def train(seed: int, contract: Contract = CONTRACT) -> bytes:
-    """The compiled form of a model of some random customers."""
-    service = contract.service("churn_v1")
+def train(seed: int, spec: ModelSpec = BASELINE, contract: Contract = CONTRACT) -> bytes:
+    """The compiled form of a model of some random customers, on the service of the contract that ``spec`` names."""
     random = np.random.default_rng(seed)
     users = 120
-    frame = pd.DataFrame({column.name: _simulated(column, users, random) for column in service.columns})
+    frame = pd.DataFrame({column.name: _simulated(column, users, random) for column in contract.features})
     frame.insert(0, USER_ID, [f"user-{number:04d}" for number in range(users)])
     frame[CONTRACT.label] = random.random(users) < 0.4
-    dataset = TrainingDataset(frame, service, JANUARY, CONTRACT.label, 0)
-    return compile_pipeline(fit(dataset, "random_forest_baseline"), dataset)
+    dataset = TrainingDataset(frame, JANUARY, CONTRACT.label, 0)
+    spec = replace(spec, service=contract.service(spec.service.name))
+    return compile_pipeline(fit(frame, CONTRACT.label, spec, CONFIG), dataset)
 
 
 class Mlflow:
@@ -152,7 +158,7 @@ class Platform:
             connection.execute(query, parameters)
 
     def publish(self, user_id: str = KNOWN, *, as_of: date = JANUARY.as_of, views: Any = None, **changes: Any) -> None:
-        values = {**FEATURES, **changes}
+        values = {**FEATURES, **FURTHER_FEATURES, **changes}
         for view in CONTRACT.views:
             if views is not None and view.name not in views:
                 continue
@@ -175,8 +181,7 @@ class Platform:
             "artifact_sha256": sha256(artifact),
             "dataset_digest": "d",
             "predictions_digest": "p",
-            "metrics": Jsonb({}),
-            "gates": Jsonb([]),
+            "evidence": Jsonb({}),
             "lineage": Jsonb({}),
             "registered_at": datetime(2024, 2, 1, tzinfo=UTC),
         } | changes
@@ -186,12 +191,13 @@ class Platform:
         query = sql.SQL("INSERT INTO streamflow.model_versions ({}) VALUES ({})").format(names, marks)
         self.execute(query, *record.values())
 
-    def decide(self, action: str, version: int) -> None:
+    def decide(self, action: str, version: int, threshold: float | None = None) -> None:
         query = """
-            INSERT INTO streamflow.promotion_ledger (at, action, version, previous, by, reason, policy, override, gates)
-            VALUES (%s, %s, %s, NULL, 'ada', 'a test', 'manual', false, '[]')
+            INSERT INTO streamflow.promotion_ledger
+                (at, action, version, previous, by, reason, policy, override, gates, threshold)
+            VALUES (%s, %s, %s, NULL, 'ada', 'a test', 'manual', false, '[]', %s)
         """
-        self.execute(query, datetime(2024, 2, 2, tzinfo=UTC), action, version)
+        self.execute(query, datetime(2024, 2, 2, tzinfo=UTC), action, version, threshold)
 
     def promote(self, version: int, artifact: bytes, **changes: Any) -> None:
         self.register(version, artifact, **changes)

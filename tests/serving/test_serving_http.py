@@ -1,6 +1,7 @@
 """What goes over the wire: closed bodies, problem details on every error, ids of any kind, the description."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -129,7 +130,12 @@ ids = st.one_of(
     st.from_regex(r"\A[A-Za-z0-9_.:-]{1,70}\Z"),
 )
 anything = st.one_of(
-    ids, st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.lists(ids, max_size=2)
+    ids,
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.lists(ids, max_size=2),
 )
 fuzz = settings(max_examples=60, deadline=None)
 
@@ -187,34 +193,46 @@ def _openapi(settings: Settings, contract: Contract) -> dict[str, Any]:
         return description
 
 
-def test_the_description_lists_the_contracts_features(shared_settings: Settings) -> None:
+def _described(settings: Settings, contract: Contract) -> list[dict[str, dict[str, Any]]]:
+    """What is said of feature values, wherever it is said: a schema for each service, by its name."""
+    schemas = _openapi(settings, contract)["components"]["schemas"]
+    places = (("Prediction", "features_used"), ("FeaturesOfUser", "features"))
+    return [
+        {schema["title"]: schema for schema in schemas[name]["properties"][field]["anyOf"]} for name, field in places
+    ]
+
+
+def test_the_description_lists_the_features_of_each_service(shared_settings: Settings) -> None:
     for contract in (CONTRACT, with_a_new_feature()):
-        schemas = _openapi(shared_settings, contract)["components"]["schemas"]
-        for described in (
-            schemas["Prediction"]["properties"]["features_used"],
-            schemas["FeaturesOfUser"]["properties"]["features"],
-        ):
-            columns = contract.service("churn_v1").columns
-            assert list(described["properties"]) == [column.name for column in columns]
-    assert described["properties"]["coupons_used"] == {
-        "type": "integer",
-        "description": "Coupons used. [coupons]",
-        "minimum": 0,
-        "maximum": 9,
-    }
-    assert described["properties"]["monthly_fee"]["type"] == "number"
+        for schemas in _described(shared_settings, contract):
+            assert list(schemas) == ["churn_v1", "churn_v2", "churn_v2_protected"]
+            for service in contract.services:
+                described = schemas[service.name]
+                assert list(described["properties"]) == described["required"] == service.names
+                assert described["additionalProperties"] is False
+                assert described["description"] == service.description
+    for described in schemas.values():
+        assert described["properties"]["coupons_used"] == {
+            "type": "integer",
+            "description": "Coupons used. [coupons]",
+            "minimum": 0,
+            "maximum": 9,
+        }
+        assert described["properties"]["monthly_fee"]["type"] == "number"
+    assert schemas["churn_v2_protected"]["properties"]["user_gender"]["enum"] == ["Female", "Male"]
+    assert "user_gender" not in schemas["churn_v2"]["properties"]
 
 
-def test_the_description_of_several_feature_services_offers_each(shared_settings: Settings) -> None:
+def test_the_description_of_a_single_feature_service_is_that_services(shared_settings: Settings) -> None:
     contract = replace(
         CONTRACT,
-        service_views={**CONTRACT.service_views, "payments": ("payments_agg_90d_fv",)},
-        service_descriptions={**CONTRACT.service_descriptions, "payments": "Payments only."},
+        service_views={"churn_v1": CONTRACT.service_views["churn_v1"]},
+        service_descriptions={"churn_v1": "The only one."},
+        services_with_protected=frozenset(),
     )
-    described = _openapi(shared_settings, contract)["components"]["schemas"]["Prediction"]["properties"][
-        "features_used"
-    ]
-    assert [choice["title"] for choice in described["anyOf"]] == ["churn_v1", "payments"]
+    schemas = _openapi(shared_settings, contract)["components"]["schemas"]
+    described = schemas["Prediction"]["properties"]["features_used"]
+    assert (described["title"], list(described["properties"])) == ("churn_v1", CONTRACT.service("churn_v1").names)
 
 
 def test_the_description_says_what_a_body_may_be(shared_settings: Settings) -> None:
@@ -250,6 +268,13 @@ def test_the_page_needs_no_internet(shared_settings: Settings) -> None:
     links = _Links()
     links.feed(page.text)
     assert links.external == []
+    rows = re.findall(r"<tr><td><code>features_used\.(\w+)</code></td><td>([^<]*)</td><td>([^<]*)</td></tr>", page.text)
+    assert [name for name, _, _ in rows] == [*CONTRACT.service("churn_v2").names, "user_gender", "user_is_senior"]
+    told = {name: (kind, meaning) for name, kind, meaning in rows}
+    assert told["monthly_fee"] == ("number", "Fee charged for the month. [currency/month]")
+    assert told["has_family"] == ("boolean", "Lives with a partner. Only of churn_v2, churn_v2_protected.")
+    assert told["user_is_senior"] == ("boolean", "65 years or older. Only of churn_v2_protected.")
+    assert "<td><code>features_used</code></td><td>churn_v1 or churn_v2 or churn_v2_protected</td>" in page.text
     for text in ("POST /predict", "Score one customer", "features_used.monthly_fee", "Fee charged", "Unknown user"):
         assert text in page.text
 

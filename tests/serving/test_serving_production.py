@@ -5,15 +5,29 @@ import time
 from collections.abc import Callable
 
 import httpx
+import numpy as np
 import pytest
-from serving_world import Mlflow, Platform, eventually, predict, problem, train, with_a_new_feature
+from serving_world import (
+    FEATURES,
+    FURTHER_FEATURES,
+    KNOWN,
+    Mlflow,
+    Platform,
+    eventually,
+    predict,
+    problem,
+    train,
+    with_a_new_feature,
+)
 
 import serving.production
 from serving.artifacts import NOT_CONFIGURED
 from serving.production import REFUSED_RETRY_S
+from streamflow.contract import CONTRACT
 from streamflow.embedded import PLATFORM_ROLE
-from streamflow.scoring import sha256
+from streamflow.scoring import Scorer, sha256
 from streamflow.settings import Settings
+from streamflow.training import ModelSpec
 
 Serve = Callable[[Settings], httpx.Client]
 Artifacts = tuple[bytes, bytes]
@@ -46,13 +60,44 @@ def test_nothing_promoted_is_said_and_then_picked_up(
     assert api.get("/ready").json()["status"] == "ready"
 
 
-def test_a_registered_or_refused_version_is_not_served(
+def test_only_a_promotion_or_a_rollback_changes_what_is_served(
     api: httpx.Client, platform: Platform, artifacts: Artifacts
 ) -> None:
     platform.register(2, artifacts[1])
-    platform.decide("refuse", 2)
+    for action in ("wait", "refuse", "flag"):
+        platform.decide(action, 2)
+    platform.decide("threshold", 2, threshold=0.9)
+    platform.decide("flag", 77)
     time.sleep(5 * serving.production.POLL_S)
+    assert (_served_version(api), api.get("/model").json()["threshold"]) == (1, 0.5)
+
+
+def test_a_threshold_that_was_decided_is_served_without_loading_the_model_again(
+    api: httpx.Client, platform: Platform, artifacts: Artifacts, caplog: pytest.LogCaptureFixture
+) -> None:
+    platform.mlflow.stop()
+    caplog.clear()
+    before = predict(api).json()
+    for threshold, prediction in ((before["probability"], 1), (np.nextafter(before["probability"], 1), 0)):
+        platform.decide("threshold", 1, threshold=float(threshold))
+        eventually(lambda threshold=threshold: predict(api).json()["threshold"] == threshold, within_s=2)
+        answer = predict(api).json()
+        assert (answer["prediction"], answer["probability"]) == (prediction, before["probability"])
+        assert api.get("/model").json()["threshold"] == threshold
+    assert not [record for record in caplog.records if record.getMessage() == "model_served"]
     assert _served_version(api) == 1
+
+
+def test_a_version_that_comes_back_has_the_threshold_that_was_decided_for_it(
+    api: httpx.Client, platform: Platform, artifacts: Artifacts
+) -> None:
+    platform.decide("threshold", 1, threshold=0.2)
+    platform.promote(2, artifacts[1])
+    eventually(lambda: _served_version(api) == 2)
+    assert api.get("/model").json()["threshold"] == 0.5
+    platform.decide("rollback", 1)
+    eventually(lambda: _served_version(api) == 1)
+    assert api.get("/model").json()["threshold"] == 0.2
 
 
 def test_model_says_what_is_served(api: httpx.Client, artifacts: Artifacts) -> None:
@@ -94,6 +139,32 @@ def test_promotion_and_rollback_are_served_without_restart_and_without_a_failed_
         load_thread.join()
     assert {status for status, _, _ in seen} == {200}
     assert len({(version, probability) for _, version, probability in seen}) == 2
+
+
+@pytest.mark.parametrize(("name", "calibrated"), [("churn_v2", True), ("churn_v2_protected", False)])
+def test_a_version_on_other_features_is_served_without_a_change_of_code(
+    api: httpx.Client, platform: Platform, name: str, calibrated: bool
+) -> None:
+    service = CONTRACT.service(name)
+    artifact = train(4, ModelSpec("logistic_regression", service, calibrated, threshold=0.4))
+    before = predict(api).json()
+    assert list(before["features_used"]) == CONTRACT.service("churn_v1").names
+    platform.promote(2, artifact, service=name, threshold=0.4)
+    eventually(lambda: _served_version(api) == 2)
+    held = FEATURES | FURTHER_FEATURES
+    answer = predict(api).json()
+    assert answer["features_used"] == {feature: held[feature] for feature in service.names}
+    assert list(answer["features_used"]) == service.names
+    (probability,) = Scorer.from_bytes(artifact).score([[held[feature] for feature in service.names]]).tolist()
+    assert (answer["probability"], answer["prediction"]) == (probability, int(probability >= 0.4))
+    assert api.get(f"/features/{KNOWN}").json()["features"] == answer["features_used"]
+    assert api.get("/model").json()["service"] == name
+    platform.publish("newcomer", contract_type=None)
+    assert problem(predict(api, "newcomer"), 422, "incomplete-features")["missing_features"] == ["contract_type"]
+    platform.decide("rollback", 1)
+    eventually(lambda: _served_version(api) == 1)
+    assert {**predict(api).json(), "request_id": "", "timestamp": ""} == {**before, "request_id": "", "timestamp": ""}
+    assert predict(api, "newcomer").status_code == 200
 
 
 def _altered(artifact: bytes) -> bytes:
@@ -188,7 +259,7 @@ def test_a_role_that_may_not_read_the_ledger_serves_on_but_is_not_ready(api: htt
 def test_a_version_whose_features_are_not_online_is_refused_until_they_are(
     api: httpx.Client, platform: Platform, caplog: pytest.LogCaptureFixture
 ) -> None:
-    platform.promote(2, train(3, with_a_new_feature()))
+    platform.promote(2, train(3, contract=with_a_new_feature()))
     eventually(lambda: "UndefinedColumn" in api.get("/ready").text)
     assert (api.get("/ready").status_code, _served_version(api)) == (200, 1)
     assert any("coupons_used does not exist" in reason for reason in _logged(caplog, "model_refused"))
