@@ -7,6 +7,7 @@ Numbers made of labels and probabilities belong here. Drawing with replacement i
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -93,13 +94,22 @@ class Capture:
 
 
 @dataclass(frozen=True)
+class SegmentComparison:
+    """Candidate minus production on the same users of one segment, named ``attribute=value``."""
+
+    name: str
+    users: int
+    auc: Interval
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """Candidate minus production on the same users; ``segments`` has the AUC by ``attribute=value``."""
+    """Candidate minus production on the same users."""
 
     users: int
     auc: Interval
     logloss: Interval
-    segments: dict[str, Interval]
+    segments: tuple[SegmentComparison, ...]
 
 
 def metrics(labels: Labels, probabilities: Probabilities, threshold: float) -> Metrics:
@@ -396,14 +406,15 @@ def permutation_importances(
     *,
     seed: int,
     repeats: int,
+    threads: int = 1,
 ) -> pd.DataFrame:
     """How much AUC is lost when a feature's values are shuffled among the users (Breiman 2001), largest loss first.
 
     ``rows`` are held-out users with user_id, ``names`` the features to shuffle, each ``repeats`` (at least 2) times;
     ``probabilities_of`` takes such rows, all shuffles of a feature at once: ``repeats`` times as many.
-    ``importance`` is the mean loss, ``low`` and ``high`` its 95 % interval by Student's t over the shuffles: how well
-    the mean is known for these users, not how it would differ for others. Raises TrainingRefused when the labels are
-    all the same.
+    it is called by ``threads`` threads at once. ``importance`` is the mean loss, ``low`` and ``high`` its 95 % interval
+    by Student's t over the shuffles: how well the mean is known for these users, not how it would differ for others.
+    Raises TrainingRefused when the labels are all the same.
     """
     from scipy.special import stdtrit
     from sklearn.metrics import roc_auc_score
@@ -414,15 +425,18 @@ def permutation_importances(
 
     intact = roc_auc_score(labels, probabilities_of(rows))
     repeated = pd.concat([rows] * repeats, ignore_index=True)
-    table = []
-    for name in names:
+
+    def importance(name: str) -> tuple[str, float, float, float]:
         rng, values = bootstrap.generator(seed, name), rows[name].to_numpy()
         shuffled = np.concatenate([rng.permutation(values) for _ in range(repeats)])
         probabilities = probabilities_of(repeated.assign(**{name: shuffled})).reshape(repeats, len(rows))
         losses = [intact - roc_auc_score(labels, of_shuffle) for of_shuffle in probabilities]
-        mean = np.mean(losses)
-        margin = stdtrit(repeats - 1, 0.975) * np.std(losses, ddof=1) / math.sqrt(repeats)
-        table.append((name, mean, mean - margin, mean + margin))
+        mean = float(np.mean(losses))
+        margin = stdtrit(repeats - 1, 0.975) * float(np.std(losses, ddof=1)) / math.sqrt(repeats)
+        return name, mean, mean - margin, mean + margin
+
+    with ThreadPoolExecutor(threads) as pool:
+        table = list(pool.map(importance, names))
     ranked = pd.DataFrame(table, columns=["feature", "importance", "low", "high"])
     return ranked.sort_values(["importance", "feature"], ascending=[False, True], ignore_index=True)
 
@@ -438,14 +452,13 @@ def compare(
     """
     _require_both(labels)
     auc, logloss = _differences(labels, candidate, production, bootstrap.generator(seed), draws)
-    by_segment = {
-        f"{attribute}={value}": _differences(
-            labels[members], candidate[members], production[members], bootstrap.generator(seed, attribute, value), draws
-        )[0]
-        for attribute, value, members in _members(groups)
-        if 0 < labels[members].sum() < members.sum()
-    }
-    return Comparison(len(labels), auc, logloss, by_segment)
+    segments = []
+    for attribute, value, members in _members(groups):
+        if 0 < labels[members].sum() < members.sum():
+            rng = bootstrap.generator(seed, attribute, value)
+            loss, _ = _differences(labels[members], candidate[members], production[members], rng, draws)
+            segments.append(SegmentComparison(f"{attribute}={value}", int(members.sum()), loss))
+    return Comparison(len(labels), auc, logloss, tuple(segments))
 
 
 def _differences(

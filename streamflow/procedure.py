@@ -4,6 +4,7 @@ The order of the steps and what is measured of a model belong here. How each is 
 storing what comes out is pipeline.py's.
 """
 
+import functools
 import hashlib
 import os
 import time
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -227,35 +229,28 @@ def measure(candidate: Candidate, policy: Policy, contract: Contract = CONTRACT)
     rows, labels, probabilities = data.holdout_rows, candidate.labels, candidate.validation
     threshold, drawn = candidate.model.threshold, {"seed": config.seed, "draws": config.bootstrap_draws}
     with clock.timed("bootstrap"):
-        intervals = evaluation.intervals(labels, probabilities, threshold, **drawn)
-        segments = evaluation.segments(
-            labels, probabilities, threshold, evaluation.segment_groups(rows, config.segments), **drawn
-        )
-        fairness = evaluation.fairness(labels, probabilities, threshold, protected_groups(rows, contract), **drawn)
+        quality = _quality(data, candidate.probabilities, threshold, config, contract)
         capture = evaluation.capture(labels, probabilities, **drawn)
         perfect = evaluation.perfect_ece(probabilities, **drawn)
     with clock.timed("importances"):
         importances = evaluation.permutation_importances(
-            candidate.model.probabilities,
+            functools.partial(score, candidate.scorer),
             rows,
             labels,
             candidate.model.service.names,
             seed=config.seed,
             repeats=config.importance_repeats,
+            threads=os.cpu_count() or 1,
         )
     with clock.timed("checks"):
         leaks = possible_leaks(data, config, contract)
         invariances = tuple(_invariance(candidate.scorer, rows, rule, contract) for rule in policy.invariances)
         microseconds = _microseconds_of_one_row(candidate)
-    train = evaluation.metrics(data.labels[~data.holdout], candidate.probabilities[~data.holdout], threshold)
     evidence = Evidence(
         users=len(labels),
         churned=int(labels.sum()),
-        metrics=intervals,
-        train_metrics=vars(train),
         perfect_ece=perfect,
-        segments=segments,
-        fairness=fairness,
+        **quality,
         parity_difference=candidate.parity.max_difference,
         flipped_decisions=candidate.parity.flipped_decisions,
         parity_rows=candidate.parity.rows,
@@ -270,6 +265,40 @@ def measure(candidate: Candidate, policy: Policy, contract: Contract = CONTRACT)
     fees = rows[contract.fee].to_numpy(dtype=np.float64)
     money = value.report(labels, probabilities, fees, threshold, config.value)
     return Measured(evidence, capture, money, importances, clock.seconds)
+
+
+def at_threshold(
+    evidence: Evidence,
+    scorer: "Scorer",
+    data: TrainingDataset,
+    threshold: float,
+    config: TrainingConfig,
+    contract: Contract = CONTRACT,
+) -> Evidence:
+    """The evidence of a model as it would decide at another threshold; ``data`` is what it was trained on.
+
+    A decision counts as flipped where the scorer's known difference to its pipeline reaches across the threshold.
+    """
+    probabilities = score(scorer, data.frame)
+    margins = np.abs(probabilities - threshold)
+    within_reach = (margins <= evidence.parity_difference) & (evidence.parity_difference > 0)
+    quality = _quality(data, probabilities, threshold, config, contract)
+    return msgspec.structs.replace(evidence, flipped_decisions=int(within_reach.sum()), **quality)
+
+
+def _quality(
+    data: TrainingDataset, probabilities: Floats, threshold: float, config: TrainingConfig, contract: Contract
+) -> dict[str, Any]:
+    """The parts of the evidence that are measured on probabilities and decisions, here of every row of the dataset."""
+    drawn = {"seed": config.seed, "draws": config.bootstrap_draws}
+    rows, labels, of_rows = data.holdout_rows, data.labels[data.holdout], probabilities[data.holdout]
+    groups = evaluation.segment_groups(rows, config.segments)
+    return {
+        "metrics": evaluation.intervals(labels, of_rows, threshold, **drawn),
+        "train_metrics": vars(evaluation.metrics(data.labels[~data.holdout], probabilities[~data.holdout], threshold)),
+        "segments": evaluation.segments(labels, of_rows, threshold, groups, **drawn),
+        "fairness": evaluation.fairness(labels, of_rows, threshold, protected_groups(rows, contract), **drawn),
+    }
 
 
 def possible_leaks(data: TrainingDataset, config: TrainingConfig, contract: Contract = CONTRACT) -> dict[str, float]:

@@ -515,7 +515,7 @@ def test_equally_important_features_are_in_the_order_of_their_names():
 def test_the_same_model_does_not_differ():
     labels, probabilities, _, rows = users()
     found = compare(labels, probabilities, probabilities.copy(), groups_of(rows), **DRAWN)
-    for one in (found.auc, found.logloss, *found.segments.values()):
+    for one in (found.auc, found.logloss, *(segment.auc for segment in found.segments)):
         assert (one.value, one.low, one.high) == (0, 0, 0)
 
 
@@ -533,7 +533,8 @@ def test_a_better_candidate_has_more_auc_and_less_logloss():
     by_hand = (
         metrics(labels[members], probabilities[members], 0.5).auc - metrics(labels[members], worse[members], 0.5).auc
     )
-    assert found.segments["months_active=6-11"].value == pytest.approx(by_hand)
+    (segment,) = (one for one in found.segments if one.name == "months_active=6-11")
+    assert (segment.users, segment.auc.value) == (members.sum(), pytest.approx(by_hand))
     turned = compare(labels, worse, probabilities, groups, **DRAWN)
     assert turned.auc.value == -found.auc.value
     assert turned.auc.high < 0
@@ -550,7 +551,7 @@ def test_the_draws_of_a_comparison_are_paired():
 def test_a_comparison_leaves_out_segments_of_one_class():
     groups = {"group": np.array(["a", "a", "a", "b", "a"]), "other": np.array(["x", "y", "x", "y", "x"])}
     found = compare(LABELS, PROBABILITIES, PROBABILITIES[::-1], groups, **DRAWN)
-    assert list(found.segments) == ["group=a", "other=x", "other=y"]
+    assert [segment.name for segment in found.segments] == ["group=a", "other=x", "other=y"]
 
 
 # Single features
