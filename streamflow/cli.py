@@ -306,11 +306,12 @@ def _materialize(
 @app.command()
 def models(json_: AsJson = False) -> None:
     """List the registered versions with their stage, metrics, threshold and gates."""
-    from streamflow.promotion import gates_of, threshold_of
+    from streamflow.promotion import gates_of, in_force
 
     with prepared() as platform:
         stages = {number: version.stage for number, version in platform.registry.versions().items()}
-        versions, entries = platform.ledger.versions(), platform.ledger.entries()
+        entries = platform.ledger.entries()
+        versions = [in_force(entries, version) for version in platform.ledger.versions()]
     facts = [
         {
             "version": version.version,
@@ -319,7 +320,7 @@ def models(json_: AsJson = False) -> None:
             "run_id": version.run_id,
             "service": version.service,
             "estimator": version.lineage["estimator"],
-            "threshold": threshold_of(entries, version),
+            "threshold": version.threshold,
             "metrics": version.metrics,
             "gates": list(gates_of(entries, version.version)),
             "evidence": msgspec.to_builtins(version.evidence),
@@ -416,11 +417,24 @@ def threshold(
     value: Annotated[float, typer.Argument(help="The probability from which on a customer counts as churning.")],
     by: By,
     reason: Reason,
+    override: Annotated[bool, typer.Option(help="Change it although a gate fails then; recorded as such.")] = False,
     json_: AsJson = False,
 ) -> None:
     """Change the threshold of a version without training it again; the service follows within a second."""
+    from streamflow import pipeline
+
     with prepared() as platform:
-        entry = platform.ledger.set_threshold(version, value, by=by, reason=reason, now=now(), policy=platform.policy)
+        entry = platform.ledger.set_threshold(
+            version,
+            value,
+            by=by,
+            reason=reason,
+            now=now(),
+            policy=platform.policy,
+            remeasure=functools.partial(pipeline.remeasure, platform),
+            override=override,
+        )
+        pipeline.explain(platform, entry)
     if json_:
         as_json(entry)
     else:
@@ -484,7 +498,7 @@ def _print_ledger(entries: "Sequence[Entry]") -> None:
         what = f"threshold {entry.threshold:g}" if entry.threshold is not None else entry.action
         table.add_row(
             f"{entry.at.astimezone(UTC):%Y-%m-%d %H:%M:%S}",
-            f"{what}, override" if entry.override and entry.action == "promote" else what,
+            f"{what}, override" if entry.override and entry.action != "refuse" else what,
             str(entry.version),
             str(entry.previous or ""),
             entry.by,

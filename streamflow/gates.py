@@ -6,16 +6,14 @@ All of it is pure. Measuring belongs to procedure.py, what becomes of a version 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
 from streamflow.contract import CONTRACT
-from streamflow.errors import ConfigurationError
 from streamflow.evaluation import Comparison, FairnessGap, Interval, Segment
-from streamflow.settings import Settings
+from streamflow.settings import Settings, read_toml
 
 NOT_TAKEN = "not a feature of this model"
 
@@ -125,13 +123,7 @@ class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @classmethod
     def load(cls, settings: Settings) -> "Policy":
         """Read the policy file; raises ConfigurationError that names the key that cannot be used."""
-        path: Path = settings.policy_file
-        try:
-            policy = msgspec.toml.decode(path.read_bytes(), type=cls)
-        except OSError as failure:
-            raise ConfigurationError(f"the policy file {path} cannot be read: {failure.strerror}") from failure
-        except (msgspec.DecodeError, UnicodeDecodeError) as failure:
-            raise ConfigurationError(f"the policy file {path} cannot be used: {failure}") from failure
+        policy = read_toml(settings.policy_file, cls, "the policy file")
         return msgspec.structs.replace(policy, mode=settings.policy) if settings.policy else policy
 
 
@@ -174,6 +166,11 @@ def absolute_gates(evidence: Evidence, history: Sequence[Evidence], policy: Poli
         _signature_fits(evidence),
         _scores_quickly(evidence, bounds),
     )
+
+
+def threshold_gates(evidence: Evidence, policy: Policy) -> tuple[Gate, ...]:
+    """Those of the absolute gates that a version's threshold decides."""
+    return (_fair(evidence, policy.gates), _no_decision_flips(evidence))
 
 
 def _ranks_better_than_chance(evidence: Evidence, bounds: Gates) -> Gate:
@@ -360,7 +357,7 @@ def relative_gates(candidate: Candidate, production: Comparison | Incomparable, 
             Gate(NO_LOSS, False, None, -bounds.maximum_segment_loss, reason),
         )
     better = _not_worse_than_production if candidate.bug_fix else _better_than_production
-    return (better(production, bounds), _no_segment_gets_worse(candidate.evidence, production, bounds))
+    return (better(production, bounds), _no_segment_gets_worse(production, bounds))
 
 
 def _better_than_production(production: Comparison, bounds: Gates) -> Gate:
@@ -378,18 +375,17 @@ def _difference(production: Comparison) -> str:
     return f"AUC minus Production's, of the same {production.users:,} held-out users, is {_spread(production.auc)}"
 
 
-def _no_segment_gets_worse(evidence: Evidence, production: Comparison, bounds: Gates) -> Gate:
+def _no_segment_gets_worse(production: Comparison, bounds: Gates) -> Gate:
     bound, least = -bounds.maximum_segment_loss, bounds.minimum_segment_users
-    small = {f"{one.attribute}={one.value}" for one in evidence.segments if one.users < least}
-    compared = {name: auc for name, auc in production.segments.items() if name not in small}
+    compared = [segment for segment in production.segments if segment.users >= least]
     if not compared:
         return Gate(NO_LOSS, False, None, bound, f"no segment has {least:,} held-out users to compare")
-    worst = min(compared, key=lambda name: compared[name].high)
+    worst = min(compared, key=lambda segment: segment.auc.high)
     reason = (
-        f"the worst of {len(compared)} segments is {worst}: AUC minus Production's is {_spread(compared[worst])}; "
+        f"the worst of {len(compared)} segments is {worst.name}: AUC minus Production's is {_spread(worst.auc)}; "
         f"the upper end must reach {bound:g}"
     )
-    return Gate(NO_LOSS, all(auc.high >= bound for auc in compared.values()), compared[worst].high, bound, reason)
+    return Gate(NO_LOSS, worst.auc.high >= bound, worst.auc.high, bound, reason)
 
 
 def _spread(interval: Interval) -> str:

@@ -25,7 +25,7 @@ from streamflow.errors import (
     WarehouseUnavailable,
 )
 from streamflow.evaluation import METRICS, Comparison
-from streamflow.gates import BETTER, RELATIVE, Candidate, Incomparable, absolute_gates, relative_gates
+from streamflow.gates import BETTER, RELATIVE, Candidate, Incomparable, absolute_gates, relative_gates, threshold_gates
 from streamflow.gates import Evidence as Evidence
 from streamflow.gates import Gate as Gate
 from streamflow.gates import Gates as Gates
@@ -90,7 +90,11 @@ def decide(candidate: Candidate, production: Comparison | Incomparable | None, p
 
 @dataclass(frozen=True)
 class Version:
-    """A registered version as our own records have it; ``threshold`` is the one that it was registered with."""
+    """A registered version as our own records have it.
+
+    ``threshold`` is the one that it was registered with and ``evidence`` what was measured at that, unless the version
+    comes from `in_force`.
+    """
 
     version: int
     run_id: str
@@ -116,8 +120,8 @@ class Version:
 class Entry:
     """A row of the ledger: ``previous`` was Production before, ``version`` is what it is about.
 
-    ``at`` never goes back from one row to the next. ``gates`` are those that the version was held against then,
-    ``threshold`` is the new one where the row changes it.
+    ``at`` never goes back from one row to the next. ``gates`` are those that the version was held against then. Where
+    the row changes the threshold, ``threshold`` is the new one and ``evidence`` what was measured at it.
     """
 
     at: datetime
@@ -130,10 +134,14 @@ class Entry:
     override: bool
     gates: tuple[Gate, ...]
     threshold: float | None = None
+    evidence: Evidence | None = None
 
 
 Compare = Callable[[Version, Version], Comparison]
 """Holds a candidate against Production on the same held-out users."""
+
+Remeasure = Callable[[Version, float], Evidence]
+"""Measures a version again as it would decide at another threshold."""
 
 SelfTest = Callable[[Version], object]
 """Raises a StreamFlowError unless the registry has a version's artifact as recorded, and it works."""
@@ -177,10 +185,12 @@ def predecessor(entries: Sequence[Entry]) -> int | None:
     return line[-2] if len(line) > 1 else None
 
 
-def threshold_of(entries: Iterable[Entry], version: Version) -> float:
-    """The probability from which on a version says churn: the newest that was decided, or the registered one."""
-    decided = [entry.threshold for entry in entries if entry.version == version.version and entry.threshold is not None]
-    return decided[-1] if decided else version.threshold
+def in_force(entries: Iterable[Entry], version: Version) -> Version:
+    """A version with the threshold that was decided for it last, if any was, and what was measured at that."""
+    for entry in entries:
+        if entry.version == version.version and entry.threshold is not None and entry.evidence is not None:
+            version = replace(version, threshold=entry.threshold, evidence=entry.evidence)
+    return version
 
 
 def gates_of(entries: Iterable[Entry], number: int) -> tuple[Gate, ...]:
@@ -215,8 +225,8 @@ class _Turn:
     unfollowed: list[Entry]
 
     def version(self, number: int) -> Version:
-        """One version; raises UnknownVersion."""
-        return _version(self.versions, number)
+        """One version as it is in force; raises UnknownVersion."""
+        return in_force(self.entries, _version(self.versions, number))
 
     def history(self, number: int) -> tuple[Evidence, ...]:
         """The evidence of all earlier versions, oldest first."""
@@ -306,7 +316,7 @@ class Ledger:
                 return Decision(promote=False, reason=already_promoted(number), gates=gates)
             stages = self._present(number)
             previous = current(turn.entries)
-            decision = _judged(turn, version, policy, compare)
+            decision = _judged(turn, turn.version(number), policy, compare)
             if decision.is_fit and stages[number].stage == NO_STAGE:
                 self._registry.set_stage(number, STAGING)
             action: Action = "promote" if decision.promote else "refuse" if decision.failed else "wait"
@@ -375,22 +385,54 @@ class Ledger:
             entry = Entry(now, "rollback", target, previous, by, reason, policy.mode, False, gates)
             return self._make_production(turn, stages, entry)
 
-    def set_threshold(self, number: int, value: float, *, by: str, reason: str, now: datetime, policy: Policy) -> Entry:
+    def set_threshold(
+        self,
+        number: int,
+        value: float,
+        *,
+        by: str,
+        reason: str,
+        now: datetime,
+        policy: Policy,
+        remeasure: Remeasure,
+        override: bool = False,
+    ) -> Entry:
         """Change the probability from which on a version says churn; the service follows within a second.
 
-        Raises PromotionRefused, without a record, for a threshold outside (0, 1) or the one in force; UnknownVersion.
+        Raises PromotionRefused (recorded in the ledger) when the version would fail a gate that the threshold decides
+        and ``override`` is not given, and without a record for a threshold outside (0, 1) or the one in force;
+        UnknownVersion.
         """
         _require_answer(by, reason)
         if not 0 < value < 1:
             raise PromotionRefused(f"a threshold is a probability between 0 and 1, both excluded; {value:g} is not")
         with self._turn() as turn:
             version = turn.version(number)
-            if threshold_of(turn.entries, version) == value:
+            if version.threshold == value:
                 raise PromotionRefused(f"the threshold of version {number} is {value:g} already")
-            previous = current(turn.entries)
-            return turn.append(
-                Entry(now, "threshold", number, previous, by, reason, policy.mode, False, (), threshold=value)
+            evidence = remeasure(version, value)
+            gates = absolute_gates(evidence, turn.history(number), policy)
+            entry = Entry(
+                now,
+                "threshold",
+                number,
+                current(turn.entries),
+                by,
+                reason,
+                policy.mode,
+                override,
+                gates,
+                value,
+                evidence,
             )
+            if (failed := [gate for gate in threshold_gates(evidence, policy) if not gate.passed]) and not override:
+                what = f"a threshold of {value:g} fails {', '.join(gate.name for gate in failed)}"
+                asked = f"{what}; asked for: {reason}"
+                turn.append(replace(entry, action="refuse", reason=asked, threshold=None, evidence=None))
+                turn.connection.commit()
+                lines = [f"version {number}: {what}; --override changes it all the same"]
+                raise PromotionRefused("\n".join([*lines, *_as_lines(failed)]))
+            return turn.append(entry)
 
     def follow(self) -> None:
         """Let MLflow's stages follow the rows of the ledger that they may not follow yet.
@@ -440,11 +482,11 @@ class Ledger:
         def answer(action: Action, reason: str, gates: tuple[Gate, ...] = ()) -> Entry:
             return Entry(now, action, number, previous, MLFLOW_ACTOR, reason, policy.mode, False, gates)
 
-        version = turn.versions.get(number)
-        if version is None:
+        if number not in turn.versions:
             return answer("flag", f"{BY_HAND} and taken back: StreamFlow did not register this version")
         if len(by_hand) > 1:
             return answer("refuse", f"{BY_HAND} of versions {', '.join(map(str, by_hand))} at once; only one can be")
+        version = turn.version(number)
         try:
             self_test(version)
         except UNREACHABLE:
@@ -581,7 +623,11 @@ def _refusal(number: int, decision: Decision) -> str:
     if any(gate.name == BETTER and gate.value is not None for gate in decision.failed):
         hints.append("--bug-fix asks only that it is not worse")
     lines = [f"version {number}: {decision.reason}; {', '.join(hints)}"]
-    return "\n".join([*lines, *(f"  {gate.name}: {gate.reason}" for gate in decision.failed)])
+    return "\n".join([*lines, *_as_lines(decision.failed)])
+
+
+def _as_lines(gates: Iterable[Gate]) -> list[str]:
+    return [f"  {gate.name}: {gate.reason}" for gate in gates]
 
 
 def _version(versions: Mapping[int, Version], number: int) -> Version:
@@ -613,24 +659,29 @@ def _versions(connection: psycopg.Connection[Any]) -> Iterator[Version]:
 def _entries(connection: psycopg.Connection[Any], *, after: int = 0) -> Iterator[Entry]:
     rows = connection.cursor(row_factory=dict_row).execute(
         """
-        SELECT at, action, version, previous, by, reason, policy, override, gates, threshold
+        SELECT at, action, version, previous, by, reason, policy, override, gates, threshold, evidence
         FROM streamflow.promotion_ledger WHERE id > %s ORDER BY id
         """,
         (after,),
     )
     for row in rows.fetchall():
-        yield Entry(**{**row, "gates": tuple(Gate(**gate) for gate in row["gates"])})
+        measured = row["evidence"] and msgspec.convert(row["evidence"], Evidence)
+        yield Entry(**{**row, "gates": tuple(Gate(**gate) for gate in row["gates"]), "evidence": measured})
 
 
 def _append(connection: psycopg.Connection[Any], entry: Entry) -> None:
     connection.execute(
         """
         INSERT INTO streamflow.promotion_ledger
-            (at, action, version, previous, by, reason, policy, override, gates, threshold)
+            (at, action, version, previous, by, reason, policy, override, gates, threshold, evidence)
         VALUES (
             %(at)s, %(action)s, %(version)s, %(previous)s, %(by)s, %(reason)s, %(policy)s, %(override)s, %(gates)s,
-            %(threshold)s
+            %(threshold)s, %(evidence)s
         )
         """,
-        {**vars(entry), "gates": Jsonb([asdict(gate) for gate in entry.gates])},
+        {
+            **vars(entry),
+            "gates": Jsonb([asdict(gate) for gate in entry.gates]),
+            "evidence": entry.evidence and Jsonb(msgspec.to_builtins(entry.evidence)),
+        },
     )

@@ -9,7 +9,7 @@ from streamflow.contract import CONTRACT, Contract
 from streamflow.landing import MonthManifest
 from streamflow.months import Month
 from streamflow.pipeline import CHURN_MODEL, REGISTERED_VERSION, TRAINING_DATASET, Platform
-from streamflow.promotion import Entry, Version, decision_in_force, threshold_of
+from streamflow.promotion import Entry, Version, decision_in_force, in_force
 from streamflow.warehouse import MonthWrite, month_writes
 
 State = Literal["landed", "incomplete", "stale", "unlabelled", "complete"]
@@ -120,9 +120,8 @@ def production_status(entries: list[Entry], versions: Iterable[Version]) -> Prod
     entry = decision_in_force(entries)
     if entry is None:
         return None
-    version = next(version for version in versions if version.version == entry.version)
-    threshold = threshold_of(entries, version)
-    return ProductionStatus(version.version, version.run_id, str(version.as_of), threshold, entry.at, entry.by)
+    version = in_force(entries, next(version for version in versions if version.version == entry.version))
+    return ProductionStatus(version.version, version.run_id, str(version.as_of), version.threshold, entry.at, entry.by)
 
 
 def month_statuses(platform: Platform) -> list[MonthStatus]:

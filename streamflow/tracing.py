@@ -17,7 +17,7 @@ from streamflow.errors import ConfigurationError, LineageBroken, StreamFlowError
 from streamflow.landing import ArchiveUnusable
 from streamflow.months import Month
 from streamflow.pipeline import Platform
-from streamflow.promotion import Entry, Gate, Version, gates_of, threshold_of
+from streamflow.promotion import Entry, Gate, Version, gates_of, in_force
 from streamflow.registry import MODEL
 from streamflow.training_config import TrainingConfig
 from streamflow.warehouse import month_writes
@@ -58,6 +58,7 @@ class _Lineage(msgspec.Struct, frozen=True):
     calibrated: bool | None = None
     config: dict[str, Any] = {}
     config_digest: str | None = None
+    services: tuple[str, ...] = ()
     seed: int | None = None
     code_version: str | None = None
     libraries: dict[str, str] = {}
@@ -186,7 +187,7 @@ def trace_version(platform: Platform, number: int) -> Trace:
         registered.stage if registered else DELETED,
         version.as_of,
         version.service,
-        threshold_of(entries, version),
+        in_force(entries, version).threshold,
         version.threshold,
         version.registered_at,
         version.predictions_digest,

@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 from hypothesis import strategies as st
 
-from streamflow.evaluation import Comparison, FairnessGap, Interval, Segment
+from streamflow.evaluation import Comparison, FairnessGap, Interval, Segment, SegmentComparison
 from streamflow.gates import Evidence, Gates, Invariance, InvarianceRule, Policy
 
 BOUNDS = Gates(
@@ -79,10 +79,14 @@ def evidence(*, auc: float = 0.84, train_auc: float = 0.86, ece: float = 0.02, *
     return msgspec.structs.replace(good, **changes)
 
 
+SIZES = {"net_service=DSL": 600, "net_service=No": 400, "months_active=0-5": 30}
+
+
 def comparison(auc: Interval | None = None, **segments: Interval) -> Comparison:
-    """A candidate that is better than Production by 0.02 to 0.06 unless said otherwise."""
+    """A candidate, better by 0.02 to 0.06 unless said otherwise; segments but those of `SIZES` have 100 users."""
     worst = {"net_service=DSL": around(0.03), "net_service=No": around(0.01), "months_active=0-5": around(-0.3)}
-    return Comparison(1_783, auc or Interval(0.04, 0.02, 0.06), around(-0.01, 0.005), segments or worst)
+    compared = tuple(SegmentComparison(name, SIZES.get(name, 100), one) for name, one in (segments or worst).items())
+    return Comparison(1_783, auc or Interval(0.04, 0.02, 0.06), around(-0.01, 0.005), compared)
 
 
 unit = st.floats(0, 1)

@@ -230,3 +230,30 @@ def test_the_digest_of_predictions_is_of_users_and_bits():
 
 def test_every_feature_of_the_contract_is_in_a_dataset(data):
     assert list(data.frame) == ["user_id", *(column.name for column in CONTRACT.features), "churn_label"]
+
+
+# --- another threshold ------------------------------------------------------------------------------------------------
+
+
+def test_another_threshold_is_measured_as_if_the_model_had_been_made_with_it(chosen, data, config):
+    measured = procedure.measure(chosen, policy())
+    model = replace(chosen.model, threshold=0.6)
+    anew = procedure.measure(replace(chosen, model=model), policy())
+
+    found = procedure.at_threshold(measured.evidence, chosen.scorer, data, 0.6, config)
+    took = found.scoring_microseconds
+    assert found == msgspec.structs.replace(anew.evidence, scoring_microseconds=took)
+    assert found.metrics["recall"] != measured.evidence.metrics["recall"]
+    again = procedure.at_threshold(found, chosen.scorer, data, chosen.model.threshold, config)
+    assert again == measured.evidence
+
+
+def test_a_decision_may_flip_where_the_scorers_difference_reaches_across_the_threshold(chosen, data, config):
+    evidence = procedure.measure(chosen, policy()).evidence
+    score = float(chosen.probabilities[7])
+    apart = msgspec.structs.replace(evidence, parity_difference=1e-12)
+    exact = msgspec.structs.replace(evidence, parity_difference=0.0)
+
+    assert procedure.at_threshold(apart, chosen.scorer, data, score + 5e-13, config).flipped_decisions >= 1
+    assert procedure.at_threshold(apart, chosen.scorer, data, score + 5e-12, config).flipped_decisions == 0
+    assert procedure.at_threshold(exact, chosen.scorer, data, score, config).flipped_decisions == 0

@@ -9,7 +9,7 @@ from typing import Any
 import mlflow
 import psycopg
 import pytest
-from governed import POLICY, around, comparison, comparisons, evidence, evidences, policy
+from governed import POLICY, around, comparison, comparisons, evidence, evidences, gap, policy
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,9 +34,9 @@ from streamflow.promotion import (
     decide,
     decision_in_force,
     gates_of,
+    in_force,
     predecessor,
     production_at,
-    threshold_of,
     until,
 )
 from streamflow.registry import ALIAS, ARCHIVED, MODEL, NO_STAGE, PRODUCTION, STAGING, Registry
@@ -259,12 +259,15 @@ def test_the_decision_in_force_is_the_newest_that_made_a_production() -> None:
 
 
 def test_the_threshold_in_force_is_the_newest_that_was_decided_for_the_version() -> None:
-    changes = [replace(entry("threshold", number), threshold=value) for number, value in [(1, 0.3), (2, 0.6), (1, 0.4)]]
-    assert threshold_of([], version(1)) == 0.5
-    assert threshold_of([entry("promote", 1)], version(1)) == 0.5
-    assert [threshold_of(changes[:count], version(1)) for count in range(4)] == [0.5, 0.3, 0.3, 0.4]
-    assert threshold_of(changes, version(2)) == 0.6
-    assert threshold_of(changes, version(3)) == 0.5
+    changes = [
+        replace(entry("threshold", number), threshold=value, evidence=evidence(flipped_decisions=number))
+        for number, value in [(1, 0.3), (2, 0.6), (1, 0.4)]
+    ]
+    assert in_force([], version(1)) == version(1)
+    assert in_force([entry("promote", 1)], version(1)) == version(1)
+    assert [in_force(changes[:count], version(1)).threshold for count in range(4)] == [0.5, 0.3, 0.3, 0.4]
+    assert in_force(changes, version(2)) == replace(version(2), threshold=0.6, evidence=changes[1].evidence)
+    assert in_force(changes, version(3)) == version(3)
 
 
 def test_the_gates_of_a_version_are_those_of_its_newest_judgement() -> None:
@@ -348,8 +351,12 @@ def rollback(ledger: Ledger, number: int | None = None, **more: Any) -> Entry:
     return ledger.rollback(number, **{"by": "ben", "reason": "worse", "now": NOW, "policy": MANUAL, **more})
 
 
+def as_good(version: Version, threshold: float) -> Evidence:
+    return evidence(parity_rows=round(100 * threshold))
+
+
 def set_threshold(ledger: Ledger, number: int, value: float, **more: Any) -> Entry:
-    given = {"by": "dora", "reason": "capacity", "now": NOW, "policy": MANUAL}
+    given = {"by": "dora", "reason": "capacity", "now": NOW, "policy": MANUAL, "remeasure": as_good}
     return ledger.set_threshold(number, value, **{**given, **more})
 
 
@@ -617,9 +624,11 @@ def test_a_threshold_is_decided_and_recorded(ledger: Ledger, registry: Registry)
     entry = set_threshold(ledger, 1, 0.3)
     other = set_threshold(ledger, 2, 0.7)
 
-    assert entry == Entry(NOW, "threshold", 1, 1, "dora", "capacity", "manual", False, (), threshold=0.3)
+    seen = evidence(parity_rows=30)
+    gates = absolute_gates(seen, (), MANUAL)
+    assert entry == Entry(NOW, "threshold", 1, 1, "dora", "capacity", "manual", False, gates, 0.3, seen)
     assert ledger.entries()[1:] == [entry, other]
-    assert [threshold_of(ledger.entries(), ledger.version(number)) for number in (1, 2, 3)] == [0.3, 0.7, 0.5]
+    assert [in_force(ledger.entries(), ledger.version(number)).threshold for number in (1, 2, 3)] == [0.3, 0.7, 0.5]
     assert (ledger.production(), ledger.version(1).threshold) == (1, 0.5)
     assert set_threshold(ledger, 1, 0.5).threshold == 0.5
 
@@ -638,6 +647,35 @@ def test_the_threshold_in_force_is_no_change(ledger: Ledger) -> None:
     with pytest.raises(PromotionRefused, match=r"the threshold of version 1 is 0\.4 already"):
         set_threshold(ledger, 1, 0.4)
     assert len(ledger.entries()) == 1
+
+
+UNFAIR = evidence(fairness=(gap("user_gender", "recall", around(0.5)),))
+
+
+def test_a_threshold_that_fails_a_gate_of_its_own_is_refused_and_recorded(ledger: Ledger) -> None:
+    promote(ledger, 1)
+    with pytest.raises(PromotionRefused, match=r"(?s)fails fair; --override changes it all.*  fair: the largest"):
+        set_threshold(ledger, 1, 0.3, remeasure=lambda *_: UNFAIR)
+    refused = ledger.entries()[-1]
+    assert (refused.action, refused.version, refused.threshold, refused.evidence) == ("refuse", 1, None, None)
+    assert refused.reason == "a threshold of 0.3 fails fair; asked for: capacity"
+    assert [gate.name for gate in refused.gates if not gate.passed] == ["fair"]
+    assert in_force(ledger.entries(), ledger.version(1)) == version(1)
+
+
+def test_a_gate_that_no_threshold_decides_does_not_stand_in_the_way(ledger: Ledger) -> None:
+    entry = set_threshold(ledger, 1, 0.3, remeasure=lambda *_: evidence(signature_fits=False))
+    assert (entry.threshold, [gate.name for gate in entry.gates if not gate.passed]) == (0.3, ["signature_fits"])
+
+
+def test_a_threshold_set_by_override_counts_in_later_promotions(ledger: Ledger) -> None:
+    entry = set_threshold(ledger, 2, 0.3, remeasure=lambda *_: UNFAIR, override=True)
+    assert (entry.override, entry.threshold) == (True, 0.3)
+    with pytest.raises(PromotionRefused, match="1 of 14 gates failed: fair"):
+        promote(ledger, 2)
+    assert not ledger.apply_policy(ledger.version(2), now=NOW, policy=AUTO, compare=better).promote
+    set_threshold(ledger, 2, 0.5)
+    assert promote(ledger, 2).version == 2
 
 
 def test_a_threshold_does_not_need_mlflow(ledger: Ledger, prepared: Database) -> None:
@@ -665,7 +703,9 @@ def test_the_platforms_role_only_adds_to_the_ledger(ledger: Ledger, prepared: Da
         ({"previous": 77}, "previous_fkey"),
         ({"threshold": 0.4}, "check"),
         ({"action": "threshold"}, "check"),
-        ({"action": "threshold", "threshold": 1.0}, "threshold_check"),
+        ({"action": "threshold", "threshold": 0.4}, "check"),
+        ({"action": "threshold", "evidence": "{}"}, "check"),
+        ({"action": "threshold", "threshold": 1.0, "evidence": "{}"}, "threshold_check"),
         ({"by": ""}, "by_check"),
         ({"reason": ""}, "reason_check"),
     ],
@@ -706,7 +746,7 @@ def test_the_policy_decides_once_and_every_decision_is_in_the_ledger(ledger: Led
         judged(GOOD, WORSE, (GOOD, GOOD)),
     ]
 
-    entries.append(set_threshold(ledger, 2, 0.4))
+    entries.append(set_threshold(ledger, 2, 0.4, remeasure=lambda *_: GOOD))
     for number in (1, 2):
         assert not apply_policy(ledger, number, MANUAL, now=NOW + timedelta(days=1))
     assert not apply_policy(ledger, 3, MANUAL, compare=worse)

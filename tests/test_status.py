@@ -4,6 +4,7 @@ from datetime import UTC, date, datetime
 from typing import Any
 
 import pytest
+from governed import evidence
 
 from streamflow.contract import CONTRACT
 from streamflow.landing import MonthManifest, Revision
@@ -181,7 +182,8 @@ def version(number: int) -> Version:
 
 def entry(action: Action, number: int, by: str, day: int, threshold: float | None = None) -> Entry:
     at = datetime(2024, 3, day, tzinfo=UTC)
-    return Entry(at, action, number, None, by, "because", "manual", override=False, gates=(), threshold=threshold)
+    seen = evidence() if threshold else None
+    return Entry(at, action, number, None, by, "because", "manual", False, (), threshold, seen)
 
 
 def test_production_is_what_the_ledger_says_since_when_and_by_whom() -> None:

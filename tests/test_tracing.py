@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from governed import evidence
 from psycopg.types.json import Jsonb
 from rich.console import Console
 
@@ -210,11 +211,11 @@ def test_decisions_and_the_threshold_in_force_are_told(world: World) -> None:
         connection.execute(
             """
             INSERT INTO streamflow.promotion_ledger
-                (at, action, version, by, reason, policy, override, gates, threshold)
-            VALUES (%(at)s, 'threshold', 1, 'ada', 'we can call [fewer]', 'manual', false, '[]', 0.25),
-                (%(at)s, 'flag', 9, 'mlflow', 'a stage of another version', 'manual', false, '[]', NULL)
+                (at, action, version, by, reason, policy, override, gates, threshold, evidence)
+            VALUES (%(at)s, 'threshold', 1, 'ada', 'we can call [fewer]', 'manual', false, '[]', 0.25, %(evidence)s),
+                (%(at)s, 'flag', 9, 'mlflow', 'a stage of another version', 'manual', false, '[]', NULL, NULL)
             """,
-            {"at": DECIDED},
+            {"at": DECIDED, "evidence": Jsonb(msgspec.to_builtins(evidence()))},
         )
     after = trace_version(platform, 1)
     assert (after.threshold, after.registered_threshold) == (0.25, 0.5)

@@ -194,10 +194,11 @@ class Platform:
     def decide(self, action: str, version: int, threshold: float | None = None) -> None:
         query = """
             INSERT INTO streamflow.promotion_ledger
-                (at, action, version, previous, by, reason, policy, override, gates, threshold)
-            VALUES (%s, %s, %s, NULL, 'ada', 'a test', 'manual', false, '[]', %s)
+                (at, action, version, previous, by, reason, policy, override, gates, threshold, evidence)
+            VALUES (%s, %s, %s, NULL, 'ada', 'a test', 'manual', false, '[]', %s, %s)
         """
-        self.execute(query, datetime(2024, 2, 2, tzinfo=UTC), action, version, threshold)
+        evidence = None if threshold is None else Jsonb({})
+        self.execute(query, datetime(2024, 2, 2, tzinfo=UTC), action, version, threshold, evidence)
 
     def promote(self, version: int, artifact: bytes, **changes: Any) -> None:
         self.register(version, artifact, **changes)

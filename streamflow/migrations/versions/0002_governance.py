@@ -23,6 +23,7 @@ STATEMENTS = (
         ADD CHECK (action IN ('promote', 'rollback', 'wait', 'refuse', 'threshold', 'flag')),
         ADD COLUMN threshold double precision CHECK (threshold > 0 AND threshold < 1),
         ADD CHECK ((action = 'threshold') = (threshold IS NOT NULL)),
+        ADD COLUMN evidence jsonb CHECK ((threshold IS NULL) = (evidence IS NULL)),
         DROP CONSTRAINT promotion_ledger_version_fkey,
         ADD COLUMN registered_version integer
             GENERATED ALWAYS AS (CASE WHEN action <> 'flag' THEN version END) STORED
