@@ -53,8 +53,12 @@ METRICS = (
     ("recall", "Recall", "Of those who churn, the share that is predicted to."),
     ("f1", "F1", "Harmonic mean of precision and recall."),
 )
-_BEGIN, _END = "<!-- decision -->", "<!-- end of decision -->"
+_DECISION, _FORWARD = "decision", "validation forward in time"
 _UNDECIDED = "<p>Not registered yet, so nothing is decided: no gate was checked, and it serves nobody.</p>"
+_NOT_VALIDATED = (
+    "<p>Not known: no later month with labels is there yet to measure it on. How good it is on the customers of "
+    "another month is an open question until then.</p>"
+)
 _IMPORTANCES = ["feature", "importance", "low", "high"]
 
 
@@ -133,12 +137,14 @@ def render(card: Card) -> str:
     """
     if unlike := set(card.plots) ^ set(PLOTS):
         raise ValueError(f"a model card shows the plots {', '.join(PLOTS)}; lacking or unknown: {', '.join(unlike)}")
+    forward = _forward(card.forward, card.validation) if card.forward else _NOT_VALIDATED
     return (
         _environment()
         .get_template("model_card.html.jinja")
         .render(
             card=card,
-            undecided=_BEGIN + _UNDECIDED + _END,
+            undecided=_placed(_DECISION, _UNDECIDED),
+            forward=_placed(_FORWARD, forward),
             images={name: _Image.of(png) for name, png in card.plots.items()},
             metrics=METRICS,
             not_taken=NOT_TAKEN,
@@ -159,15 +165,44 @@ def with_decision(html: str, gates: Sequence[Gate], decision: str, version: int)
 
     Raises ArtifactRefused when the page does not have one place for a decision.
     """
-    before, begin, rest = html.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not begin or not end or _BEGIN in rest or _END in before + after:
-        raise ArtifactRefused(
-            f"the model card of version {version} does not have exactly one place for a decision, so it is not as it "
-            "was rendered; train the month again"
-        )
     template = _environment().get_template("decision.html.jinja")
-    return before + begin + template.render(gates=gates, decision=decision, version=version) + end + after
+    content = template.render(gates=gates, decision=decision, version=version)
+    return _with(html, _DECISION, content, f"version {version}")
+
+
+def with_forward(html: str, forward: "Forward", validation: Mapping[str, Interval]) -> str:
+    """The rendered card with how its model did a month later, beside its ``validation`` on its own month.
+
+    Raises ArtifactRefused when the page does not have one place for it.
+    """
+    return _with(html, _FORWARD, _forward(forward, validation), str(forward.trained_on))
+
+
+def _forward(forward: "Forward", validation: Mapping[str, Interval]) -> str:
+    template = _environment().get_template("forward.html.jinja")
+    return template.render(forward=forward, quality=validation, metrics=METRICS)
+
+
+def _ends(place: str) -> tuple[str, str]:
+    return f"<!-- {place} -->", f"<!-- end of {place} -->"
+
+
+def _placed(place: str, content: str) -> str:
+    begin, end = _ends(place)
+    return begin + content + end
+
+
+def _with(html: str, place: str, content: str, whose: str) -> str:
+    """The page with other content in one of its places."""
+    begin, end = _ends(place)
+    before, found, rest = html.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed or begin in rest or end in before + after:
+        raise ArtifactRefused(
+            f"the model card of {whose} does not have exactly one place for its {place}, so it is not as it was "
+            "rendered; train the month again"
+        )
+    return before + _placed(place, content) + after
 
 
 def _lowest(segments: Iterable[Segment], metric: str) -> Segment | None:

@@ -32,7 +32,7 @@ from streamflow.promotion import (
     Policy,
     Version,
     already_promoted,
-    threshold_of,
+    in_force,
 )
 from streamflow.registry import SCORER_PATH, Registry, RunRecord
 from streamflow.settings import PROJECT_ROOT, Settings
@@ -267,6 +267,8 @@ def train(
     try:
         after = _forward(platform, candidate.scorer, month, month.shift(1), model.threshold)
         before = _validate_the_month_before(platform, data)
+        if before is not None:
+            _tell_forward(platform, *before)
     except UNUSABLE as failure:
         not_validated.append(str(failure))
     lineage = {
@@ -288,8 +290,6 @@ def train(
     }
     run, images = _run_record(platform, candidate, measured, after, source, lineage)
     run_id = platform.registry.log(run)
-    if before is not None:
-        platform.registry.add_metrics(before[0], _forward_metrics(before[1]))
     written = MonthWrite(
         CHURN_MODEL,
         month,
@@ -330,17 +330,27 @@ def _forward(
     return procedure.forward(scorer, data, trained_on, threshold, platform.training_config)
 
 
-def _validate_the_month_before(platform: Platform, data: TrainingDataset) -> "tuple[str, Forward] | None":
-    """The run of the newest version of the month before, and how that does on this month."""
+def _validate_the_month_before(platform: Platform, data: TrainingDataset) -> "tuple[Version, Forward] | None":
+    """The newest version of the month before, and how that does on this month."""
     from streamflow import procedure
 
     month = data.month.shift(-1)
     versions = [version for version in platform.ledger.versions() if version.as_of == month.as_of]
     if not versions:
         return None
-    threshold = threshold_of(platform.ledger.entries(), versions[-1])
-    scorer = scorer_of(platform, versions[-1])
-    return versions[-1].run_id, procedure.forward(scorer, data, month, threshold, platform.training_config)
+    version = in_force(platform.ledger.entries(), versions[-1])
+    scorer = scorer_of(platform, version)
+    return version, procedure.forward(scorer, data, month, version.threshold, platform.training_config)
+
+
+def _tell_forward(platform: Platform, version: Version, validated: "Forward") -> None:
+    """Put what became known of a version later on its run: the metrics, and the section of its model card."""
+    from streamflow import model_card
+
+    platform.registry.add_metrics(version.run_id, _forward_metrics(validated))
+    card = platform.registry.page(version.run_id, MODEL_CARD)
+    card = model_card.with_forward(card, validated, version.evidence.metrics)
+    platform.registry.put_page(version.run_id, MODEL_CARD, card)
 
 
 def _forward_metrics(validated: "Forward") -> dict[str, float]:
@@ -587,6 +597,23 @@ def compare_versions(platform: Platform, candidate: Version, production: Version
         scorer_of(platform, candidate),
         scorer_of(platform, production),
         procedure.Procedure.of_document(candidate.lineage, platform.contract).config,
+    )
+
+
+def remeasure(platform: Platform, version: Version, threshold: float) -> Evidence:
+    """Measure a version again as it would decide at another threshold, on the dataset that it was trained on.
+
+    Raises TrainingRefused when that dataset is gone, ArtifactRefused when the scorer is not the one registered.
+    """
+    from streamflow import procedure
+
+    return procedure.at_threshold(
+        version.evidence,
+        scorer_of(platform, version),
+        _dataset(platform, version.dataset_digest),
+        threshold,
+        procedure.Procedure.of_document(version.lineage, platform.contract).config,
+        platform.contract,
     )
 
 

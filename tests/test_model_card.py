@@ -10,7 +10,7 @@ from streamflow import model_card
 from streamflow.errors import ArtifactRefused
 from streamflow.evaluation import METRICS, Capture, FairnessGap, Interval, Segment
 from streamflow.gates import NOT_TAKEN, Gate, Invariance
-from streamflow.model_card import PLOTS, Card, Data, render, with_decision
+from streamflow.model_card import PLOTS, Card, Data, render, with_decision, with_forward
 from streamflow.months import Month
 from streamflow.plots import value_plot
 from streamflow.procedure import Forward
@@ -289,6 +289,16 @@ def test_forward_in_time(card):
     ]
     kept = page(forward=Forward(JANUARY, FEBRUARY, 1_780, QUALITY))
     assert "does not carry over" not in kept.section("forward")
+
+
+def test_what_a_later_month_shows_takes_its_place(rendered):
+    decided = with_decision(rendered, GATES, "waits for a person", 3)
+    worse = Forward(JANUARY, FEBRUARY, 1_780, {**QUALITY, "auc": Interval(0.487, 0.456, 0.517)})
+    later = with_forward(with_forward(decided, Forward(JANUARY, FEBRUARY, 9, QUALITY), QUALITY), worse, QUALITY)
+    assert Page(later).section("forward") == page(forward=worse).section("forward")
+    assert Page(later).section("decision") == Page(decided).section("decision")
+    with pytest.raises(ArtifactRefused, match="2024-01 does not have exactly one place for its validation forward"):
+        with_forward(later + "<!-- validation forward in time -->", worse, QUALITY)
 
 
 def test_possible_leaks(card):

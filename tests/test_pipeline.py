@@ -274,6 +274,11 @@ def test_the_month_before_is_validated_forward_in_time_once_this_one_exists(worl
     assert "forward_auc" not in client.get_run(second.run_id).data.metrics
     assert (validated.trained_on, validated.month, validated.users) == (JANUARY, FEBRUARY, february.holdout.sum())
 
+    card, later = (world.platform.registry.page(one.run_id, pipeline.MODEL_CARD) for one in (first, second))
+    assert f"On the {validated.users:,} held-out users of 2024-02 it reaches an AUC of" in card
+    assert "no later month with labels is there yet" in later
+    assert f"Version {first.version}." in card  # what was decided of it is still there
+
 
 def test_the_model_card_says_what_was_decided(world: World) -> None:
     version = world.platform.ledger.version(1)
