@@ -2,8 +2,9 @@
 
 import getpass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
+import msgspec
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -11,6 +12,8 @@ from streamflow.errors import ConfigurationError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 PREFIX = "STREAMFLOW_"
+
+_Document = TypeVar("_Document")
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 
@@ -69,3 +72,13 @@ class Settings(BaseSettings):
         """These settings as environment variables, for the processes that are started with them."""
         given = self.model_dump(mode="json", exclude_none=True)
         return {f"{PREFIX}{name.upper()}": str(value) for name, value in given.items()}
+
+
+def read_toml(path: Path, kind: type[_Document], what: str) -> _Document:
+    """What a TOML file says; raises ConfigurationError that names ``what`` it is, the file and the key that is bad."""
+    try:
+        return msgspec.toml.decode(path.read_bytes(), type=kind)
+    except OSError as failure:
+        raise ConfigurationError(f"{what} {path} cannot be read: {failure.strerror}") from failure
+    except (msgspec.DecodeError, UnicodeDecodeError) as failure:
+        raise ConfigurationError(f"{what} {path} cannot be used: {failure}") from failure

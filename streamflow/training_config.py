@@ -16,11 +16,13 @@ from msgspec import Meta
 
 from streamflow.contract import CONTRACT, Contract
 from streamflow.errors import ConfigurationError
+from streamflow.settings import read_toml
 from streamflow.training import ESTIMATORS
 
 Positive = Annotated[float, Meta(gt=0)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 Inside = Annotated[float, Meta(gt=0, lt=1)]
+LARGEST_FLOAT = 1e16
 
 
 class Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -74,12 +76,7 @@ class TrainingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @classmethod
     def load(cls, path: Path, contract: Contract = CONTRACT) -> "TrainingConfig":
         """Read the file; raises ConfigurationError that names the file and the key that cannot be used."""
-        try:
-            config = msgspec.toml.decode(path.read_bytes(), type=cls)
-        except OSError as failure:
-            raise ConfigurationError(f"the training configuration {path} cannot be read: {failure.strerror}") from None
-        except (msgspec.DecodeError, UnicodeDecodeError) as failure:
-            raise ConfigurationError(f"the training configuration {path} cannot be used: {failure}") from None
+        config = read_toml(path, cls, "the training configuration")
         if faults := list(config._faults(contract)):
             raise ConfigurationError(f"the training configuration {path} cannot be used: {'; '.join(faults)}")
         return config
@@ -104,7 +101,7 @@ class TrainingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def _faults(self, contract: Contract) -> Iterator[str]:
         """What the file says that no model can be chosen, fitted or measured by."""
-        yield from _not_finite("", self.document)
+        yield from _not_recordable("", self.document)
         yield from _unknown("services", self.services, [service.name for service in contract.services])
         for key, names in (("services", self.services), ("candidates", self.candidates)):
             if repeated := sorted({name for name in names if names.count(name) > 1}):
@@ -130,12 +127,15 @@ def _unknown(key: str, names: Iterable[str], known: Collection[str]) -> Iterator
             yield f"{key} has {name!r}; known are {', '.join(known)}"
 
 
-def _not_finite(key: str, value: object) -> Iterator[str]:
+def _not_recordable(key: str, value: object) -> Iterator[str]:
+    """What a record in PostgreSQL could not give back as it is here: its JSON has 1e16 as a whole number."""
     if isinstance(value, dict):
         for name, inner in value.items():
-            yield from _not_finite(f"{key}.{name}" if key else name, inner)
+            yield from _not_recordable(f"{key}.{name}" if key else name, inner)
     elif isinstance(value, list | tuple):
         for inner in value:
-            yield from _not_finite(key, inner)
+            yield from _not_recordable(key, inner)
     elif isinstance(value, float) and not math.isfinite(value):
         yield f"{key} is {value}, which is no finite number"
+    elif isinstance(value, float) and abs(value) >= LARGEST_FLOAT:
+        yield f"{key} is {value}; floats must be below {LARGEST_FLOAT:g}, write a whole number without exponent instead"

@@ -133,6 +133,7 @@ def test_each_order_of_the_candidates_has_its_own_digest_and_the_order_of_keys_n
         (r'^    "gradient_boosting",', '    "oracle",', r"candidates has 'oracle'; known are logistic"),
         (r'^    "gradient_boosting",', '    "logistic_regression",', r"candidates has logistic_regression more"),
         (r"^C = .*?$", "C = inf", r"estimators.logistic_regression.C is inf, which is no finite number"),
+        (r"^C = .*?$", "C = 1e16", r"estimators.logistic_regression.C is 1e\+16; floats must be below 1e\+16, write"),
         (r"^C = .*?$", "C = [1, nan]", r"estimators.logistic_regression.C is nan"),
         (r"\[estimators\..*(?=^# What acting)", "[estimators]\n", r"\$.estimators"),
         (r"^contact_cost = .*?$", "contact_cost = -1", r"\$.value.contact_cost"),
