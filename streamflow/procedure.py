@@ -4,7 +4,6 @@ The order of the steps and what is measured of a model belong here. How each is 
 storing what comes out is pipeline.py's.
 """
 
-import functools
 import hashlib
 import os
 import time
@@ -225,6 +224,8 @@ def measure(candidate: Candidate, policy: Policy, contract: Contract = CONTRACT)
 
     What only the registry and the online store can tell of it is left as the evidence's defaults.
     """
+    from threadpoolctl import threadpool_limits
+
     data, config, clock = candidate.data, candidate.procedure.config, _Clock()
     rows, labels, probabilities = data.holdout_rows, candidate.labels, candidate.validation
     threshold, drawn = candidate.model.threshold, {"seed": config.seed, "draws": config.bootstrap_draws}
@@ -232,9 +233,10 @@ def measure(candidate: Candidate, policy: Policy, contract: Contract = CONTRACT)
         quality = _quality(data, candidate.probabilities, threshold, config, contract)
         capture = evaluation.capture(labels, probabilities, **drawn)
         perfect = evaluation.perfect_ece(probabilities, **drawn)
-    with clock.timed("importances"):
+    # The limit holds for the process: set once around the threads, or one's end would lift it for the others.
+    with clock.timed("importances"), threadpool_limits(limits=1):
         importances = evaluation.permutation_importances(
-            functools.partial(score, candidate.scorer),
+            candidate.model.probabilities,
             rows,
             labels,
             candidate.model.service.names,
