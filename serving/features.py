@@ -41,7 +41,7 @@ class FeatureQuery:
     """The features of one model in its order, and the statement that reads them for an array of user ids."""
 
     names: tuple[str, ...]
-    statement: bytes
+    statement: str
 
     @classmethod
     def of(cls, features: Sequence[ScorerFeature]) -> "FeatureQuery":
@@ -50,7 +50,7 @@ class FeatureQuery:
         statement = sql.SQL(
             """
             SELECT (least({event_timestamps}) AT TIME ZONE 'UTC')::date, {features}
-            FROM unnest(%s::text[]) WITH ORDINALITY AS asked ({user_id}, position)
+            FROM unnest($1::text[]) WITH ORDINALITY AS asked ({user_id}, position)
             {joins}
             ORDER BY asked.position
             """
@@ -63,7 +63,7 @@ class FeatureQuery:
                 for view in views
             ),
         )
-        return cls(tuple(feature.name for feature in features), statement.as_bytes(None))
+        return cls(tuple(feature.name for feature in features), statement.as_string(None))
 
 
 class OnlineFeatures(msgspec.Struct, frozen=True):

@@ -25,7 +25,7 @@ REFUSED_RETRY_S = 30.0
 NOT_CHECKED = "not checked yet: the service is starting"
 NOTHING_PROMOTED = "no version is in Production; run `streamflow promote VERSION --by NAME --reason TEXT`"
 
-NEWEST_DECISION = b"""
+NEWEST_DECISION = """
     SELECT decision.id, decision.at, version, run_id, service, as_of,
         coalesce(
             (SELECT later.threshold FROM streamflow.promotion_ledger AS later

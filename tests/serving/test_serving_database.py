@@ -17,7 +17,6 @@ import psutil
 import pytest
 from serving_world import KNOWN, Mlflow, Platform, accept_connections, eventually, make_tables, predict, problem
 
-from serving.postgres import RECONNECT_S
 from streamflow.database import Database
 from streamflow.embedded import postgres
 from streamflow.settings import Settings
@@ -42,7 +41,7 @@ def test_a_database_that_goes_away_and_comes_back(
     assert details["detail"] == f"feature_store: {UNAVAILABLE}"
     assert api.get("/health").status_code == 200
     assert api.get("/model").status_code == 200
-    time.sleep(RECONNECT_S)
+
     accept_connections(platform.database, server, accept=True)
     eventually(lambda: predict(api).status_code == 200)
     eventually(lambda: api.get("/ready").status_code == 200)
