@@ -12,7 +12,7 @@ from serving.artifacts import Artifacts
 from serving.features import FeatureStore
 from serving.openapi import ClosedSchemas, ContractSchemas, openapi_config
 from serving.postgres import Postgres
-from serving.predictor import Predictor
+from serving.predictor import Freshness, Predictor
 from serving.problems import add_request_id, respond
 from serving.production import ProductionModel
 from serving.routes import MAX_BODY, ROUTES, JsonRequest
@@ -39,7 +39,8 @@ def create_app(
     store = FeatureStore(postgres)
     artifacts = Artifacts(settings.mlflow_uri, settings.home / "cache" / "models")
     production = ProductionModel(postgres, store, artifacts, clock)
-    predictor = Predictor(production, store, clock)
+    freshness = Freshness(settings.max_feature_age_days, refuse=settings.stale_features == "refuse")
+    predictor = Predictor(production, store, freshness, clock)
 
     @asynccontextmanager
     async def running(_: Litestar) -> AsyncIterator[None]:

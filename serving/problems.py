@@ -16,7 +16,7 @@ from msgspec import UNSET
 
 from serving.features import IncompleteFeatures, MissingFeatures, UnknownUser
 from serving.logs import log, with_cause
-from serving.predictor import UnscorableUser
+from serving.predictor import StaleFeatures, UnscorableUser
 from serving.production import Check, NoModel, State
 from serving.schemas import Problem, ReadinessCheck
 from streamflow.errors import StreamFlowError, WarehouseUnavailable
@@ -58,6 +58,7 @@ KINDS: dict[type[Exception] | int, Kind] = {
     UnknownUser: Kind(HTTPStatus.NOT_FOUND, "unknown-user", "Unknown user"),
     IncompleteFeatures: Kind(HTTPStatus.UNPROCESSABLE_ENTITY, "incomplete-features", "Incomplete features"),
     UnscorableUser: Kind(HTTPStatus.UNPROCESSABLE_ENTITY, "unscorable-features", "Features that cannot be scored"),
+    StaleFeatures: Kind(HTTPStatus.SERVICE_UNAVAILABLE, "stale-features", "Features are too old", 3600),
     NoModel: Kind(HTTPStatus.SERVICE_UNAVAILABLE, "no-model", "No model is served", 5),
     WarehouseUnavailable: Kind(
         HTTPStatus.SERVICE_UNAVAILABLE, "feature-store-unavailable", "The feature store is unavailable", 2

@@ -8,7 +8,7 @@ from litestar.exceptions import ClientException, SerializationException
 from litestar.params import JSONBody, Parameter, SkipValidation
 
 from serving.features import IncompleteFeatures, UnknownUser
-from serving.predictor import Predictor, Scored, UnscorableUser
+from serving.predictor import Predictor, Scored, StaleFeatures, UnscorableUser
 from serving.problems import NotReady, documented, new_request_id, problem, readiness_checks, request_id_of
 from serving.production import NoModel, ProductionModel, State
 from serving.schemas import (
@@ -60,7 +60,7 @@ class JsonRequest(Request[Any, Any, Any]):
     "/predict",
     status_code=200,
     request_max_body_size=MAX_BODY,
-    responses=documented(*BODY, *USER, UnscorableUser, *UNAVAILABLE),
+    responses=documented(*BODY, *USER, UnscorableUser, StaleFeatures, *UNAVAILABLE),
 )
 async def predict(data: JSONBody[PredictRequest], request: JsonRequest, predictor: ThePredictor) -> Prediction:
     """Score one customer with the Production model and the features of the feature store."""
@@ -138,6 +138,8 @@ def _prediction(scored: Scored, request_id: str) -> Prediction:
         features_as_of=scored.features_as_of,
         timestamp=scored.scored_at,
         features_used=scored.features,
+        features_stale=scored.stale,
+        features_outside_training=list(scored.outside),
     )
 
 

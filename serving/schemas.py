@@ -54,6 +54,10 @@ class Prediction(Outcome):
     features_as_of: Annotated[date, Meta(description="The oldest day that the features speak of.")]
     timestamp: Annotated[datetime, Meta(description="When this was answered, UTC.")]
     features_used: Features
+    features_stale: Annotated[bool, Meta(description="Whether `features_as_of` is older than it should be.")]
+    features_outside_training: Annotated[
+        list[str], Meta(description="Features whose values are outside of what the model was trained on.")
+    ]
 
 
 class FeaturesOfUser(Struct):

@@ -24,13 +24,15 @@ from streamflow.contract import Kind
 from streamflow.errors import ArtifactRefused, StreamFlowError, TrainingRefused
 
 if TYPE_CHECKING:
-    from streamflow.contract import FeatureService
+    import pandas as pd
+
+    from streamflow.contract import Column, FeatureService
     from streamflow.dataset import TrainingDataset
     from streamflow.training import TrainedModel
 
 MAX_DIFFERENCE = 1e-9
 GOLDEN_ROWS = 32
-FORMAT = 2
+FORMAT = 3
 _NAME = b"streamflow-scorer "
 _MAGIC = _NAME + f"{FORMAT:04d}\n".encode()
 _HEADER_SIZE = len(_MAGIC) + hashlib.sha256().digest_size
@@ -66,12 +68,16 @@ def decide(probability: float | Floats, threshold: float) -> bool | NDArray[np.b
 
 
 class ScorerFeature(msgspec.Struct, frozen=True):
-    """One feature that the scorer takes, the feature view that serves it, and its categories if it has any."""
+    """One feature that the scorer takes, the feature view that serves it, and its categories if it has any.
+
+    ``trained_on`` is what the model has seen of it: the smallest and largest number, or each other value that occurred.
+    """
 
     name: str
     view: str
     kind: Kind
     categories: tuple[str, ...]
+    trained_on: tuple[Value, ...]
 
 
 class EncodedColumn(msgspec.Struct, frozen=True):
@@ -138,6 +144,7 @@ class Scorer:
         self.golden_probabilities = np.array(artifact.golden_probabilities, dtype=np.float64)
         self.tolerance = 0.0 if artifact.link is None else MAX_DIFFERENCE
         self._converters = [_converter(feature) for feature in artifact.features]
+        self._outside = _outside(artifact.features, self._converters)
         self._encode = _encoder(artifact.encoding)
         self._estimate = _load(artifact.estimator, columns=len(artifact.encoding))
         self._link = artifact.link
@@ -167,9 +174,17 @@ class Scorer:
         Raises UnscorableFeatures, naming row and feature, for a value that the model cannot take, and ValueError for a
         row with more or fewer values than ``features``.
         """
-        numbers = [self._numbers(index, row) for index, row in enumerate(rows)]
-        matrix = np.array(numbers, dtype=np.float64).reshape(len(rows), len(self.features))
-        return self._probabilities(matrix)
+        return self._probabilities(self._matrix(rows))
+
+    def examine(self, rows: Sequence[Sequence[object]]) -> tuple[Floats, dict[int, tuple[str, ...]]]:
+        """As `score`, and by a row's index the features whose values are outside of what the model was trained on."""
+        matrix = self._matrix(rows)
+        outside = self._outside(matrix)
+        found = {
+            int(row): tuple(self.features[column].name for column in np.flatnonzero(outside[row]))
+            for row in np.flatnonzero(outside.any(axis=1))
+        }
+        return self._probabilities(matrix), found
 
     def score_columns(self, columns: Mapping[str, ArrayLike]) -> Floats:
         """As `score`, for many rows at once: an array for each feature, by name, such as a data frame holds.
@@ -186,6 +201,10 @@ class Scorer:
     def decide(self, probability: float) -> bool:
         """Whether a user of that probability counts as churning."""
         return bool(decide(probability, self.threshold))
+
+    def _matrix(self, rows: Sequence[Sequence[object]]) -> Floats:
+        numbers = [self._numbers(index, row) for index, row in enumerate(rows)]
+        return np.array(numbers, dtype=np.float64).reshape(len(rows), len(self.features))
 
     def _numbers(self, index: int, row: Sequence[object]) -> list[float]:
         try:
@@ -215,6 +234,7 @@ def _require_consistent(artifact: _Artifact) -> None:
         and 0 < artifact.threshold < 1
         and 0 < len(artifact.golden_rows) == len(artifact.golden_probabilities)
         and all(len(row) == len(names) for row in artifact.golden_rows)
+        and all(_is_known(feature) for feature in artifact.features)
         and all(0 <= probability <= 1 for probability in artifact.golden_probabilities)
     )
     if not fits:
@@ -235,6 +255,38 @@ def _fits(estimator: TreeEnsemble | Linear, link: Sigmoid | None, columns: int) 
 
 def _is_finite(link: Sigmoid | None) -> bool:
     return link is None or (math.isfinite(link.slope) and math.isfinite(link.intercept))
+
+
+def _is_known(feature: ScorerFeature) -> bool:
+    """Whether what it was trained on are values of the feature."""
+    try:
+        numbers = [_converter(feature)(value) for value in feature.trained_on]
+    except (KeyError, TypeError):
+        return False
+    if feature.kind in ("integer", "float"):
+        return len(numbers) == 2 and numbers[0] <= numbers[1]
+    return len(numbers) > 0
+
+
+def _outside(
+    features: tuple[ScorerFeature, ...], converters: Sequence[Callable[[Any], float]]
+) -> Callable[[Floats], NDArray[np.bool_]]:
+    """From a column per feature to whether each value is outside of what the model was trained on."""
+    known = [sorted(map(convert, one.trained_on)) for one, convert in zip(features, converters, strict=True)]
+    lows, highs = np.array([one[0] for one in known]), np.array([one[-1] for one in known])
+    gaps = [
+        (index, numbers)
+        for index, (one, numbers) in enumerate(zip(features, known, strict=True))
+        if one.kind == "category" and numbers != list(range(int(numbers[0]), int(numbers[-1]) + 1))
+    ]
+
+    def outside(numbers: Floats) -> NDArray[np.bool_]:
+        found: NDArray[np.bool_] = (numbers < lows) | (numbers > highs)
+        for index, seen in gaps:
+            found[:, index] = ~np.isin(numbers[:, index], seen)
+        return found
+
+    return outside
 
 
 def _points_into(column: EncodedColumn, features: tuple[ScorerFeature, ...]) -> bool:
@@ -401,7 +453,7 @@ def compile_pipeline(model: "TrainedModel", dataset: "TrainingDataset") -> bytes
     """
     from streamflow.training import encoded_columns
 
-    features = _features(model.service)
+    features = _features(model.service, dataset.training_rows)
     positions = np.linspace(0, len(dataset.frame) - 1, GOLDEN_ROWS).astype(np.intp)
     rows = tuple(dataset.frame[model.service.names].iloc[positions].itertuples(index=False, name=None))
     estimator, link = _compile(model.pipeline)
@@ -420,12 +472,17 @@ def compile_pipeline(model: "TrainedModel", dataset: "TrainingDataset") -> bytes
     return _MAGIC + hashlib.sha256(body).digest() + body
 
 
-def _features(service: "FeatureService") -> tuple[ScorerFeature, ...]:
+def _features(service: "FeatureService", rows: "pd.DataFrame") -> tuple[ScorerFeature, ...]:
     return tuple(
-        ScorerFeature(column.name, view.name, column.kind, column.categories)
+        ScorerFeature(column.name, view.name, column.kind, column.categories, _trained_on(column, rows[column.name]))
         for view in service.views
         for column in service.columns_of(view)
     )
+
+
+def _trained_on(column: "Column", values: "pd.Series") -> tuple[Value, ...]:
+    seen = sorted(values.unique().tolist())
+    return (seen[0], seen[-1]) if column.kind in ("integer", "float") else tuple(seen)
 
 
 def _encoding(

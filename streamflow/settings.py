@@ -25,6 +25,8 @@ class Settings(BaseSettings):
     ``owner_database_url`` the role that migrates and owns the ledger; without them the embedded server is used.
     ``mlflow_uri`` is an MLflow server's address; without it the registry is read from the database directly;
     ``mlflow_public_uri`` is where a browser finds it, if elsewhere.
+    Features that are older than ``max_feature_age_days`` are flagged in the service's answers or, as
+    ``stale_features`` says, refused.
     ``host`` is where the services listen, ``code_host`` where Dagster's code server is found. ``policy`` overrides the
     mode of ``policy_file``; ``training_file`` says how models are chosen and fitted.
     """
@@ -42,6 +44,8 @@ class Settings(BaseSettings):
     mlflow_port: Port = 5000
     code_host: str = "127.0.0.1"
     code_port: Port = 4000
+    max_feature_age_days: Annotated[int, Field(ge=0)] = 45
+    stale_features: Literal["flag", "refuse"] = "flag"
     policy: Literal["manual", "auto"] | None = None
     policy_file: Path = PROJECT_ROOT / "policy.toml"
     training_file: Path = PROJECT_ROOT / "training.toml"

@@ -521,8 +521,8 @@ def test_a_truncated_or_longer_file_is_refused(data, artifact):
 
 
 def test_another_format_is_named(artifact):
-    earlier = artifact.replace(b"streamflow-scorer 0002", b"streamflow-scorer 0001", 1)
-    with pytest.raises(ArtifactRefused, match="of another format; this program reads scorers of format 2"):
+    earlier = artifact.replace(b"streamflow-scorer 0003", b"streamflow-scorer 0002", 1)
+    with pytest.raises(ArtifactRefused, match="of another format; this program reads scorers of format 3"):
         Scorer.from_bytes(earlier)
     with pytest.raises(ArtifactRefused, match="no compiled scorer"):
         Scorer.from_bytes(b"\x80\x04\x95 a pickle")

@@ -28,6 +28,8 @@ def test_a_prediction_carries_everything_it_came_from(shared_api: httpx.Client, 
         "features_as_of": "2024-01-31",
         "timestamp": "2024-03-01T12:30:00Z",
         "features_used": FEATURES,
+        "features_stale": False,
+        "features_outside_training": ["watch_hours_30d"],
     }
 
 
@@ -37,7 +39,7 @@ def test_numbers_keep_64_bits_and_their_types(shared_api: httpx.Client, shared_p
     assert '"watch_hours_30d":0.30000000000000004,' in text
     assert '"months_active":1,' in text
     assert '"plan_stream_tv":false,' in text
-    assert re.search(r'"ticket_avg_resolution_hrs_90d":16\.0}', text)
+    assert re.search(r'"ticket_avg_resolution_hrs_90d":16\.0[,}]', text)
     shared_platform.publish("big", months_active=2**53 + 1)
     assert shared_api.get("/features/big").json()["features"]["months_active"] == 2**53 + 1
 
