@@ -87,7 +87,8 @@ def _is_dead(name: str) -> bool:
     if host != socket.gethostname():
         return False
     try:
-        return psutil.Process(int(pid)).create_time() > float(created) + SAME_PROCESS_S
+        process = psutil.Process(int(pid))
+        return process.status() == psutil.STATUS_ZOMBIE or process.create_time() > float(created) + SAME_PROCESS_S
     except psutil.NoSuchProcess:
         return True
 
