@@ -1,12 +1,21 @@
 """Materializes months from the command line: one run each, recorded in Dagster like those from its UI."""
 
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from uuid import uuid4
 
-from dagster import DagsterEventType, DagsterInstance, ExecuteInProcessResult, JobDefinition
+import psutil
+from dagster import (
+    DagsterEventType,
+    DagsterInstance,
+    DagsterRunStatus,
+    ExecuteInProcessResult,
+    JobDefinition,
+    RunsFilter,
+)
 
 from streamflow.months import Month
 from streamflow.pipeline import CHURN_MODEL
@@ -16,6 +25,10 @@ STATEMENT_TIMEOUT_MS = 60_000
 POOL_RECYCLE_S = 3_600
 MAX_CONNECTIONS = 10
 PROGRESS_INTERVAL_S = 0.3
+PROCESS_TAG = "streamflow/process"
+SAME_PROCESS_S = 60.0
+"""A process that was created as much later than recorded has another's number; clocks that are set differ by less."""
+UNFINISHED = [DagsterRunStatus.NOT_STARTED, DagsterRunStatus.STARTING, DagsterRunStatus.STARTED]
 
 Progress = Callable[[str], None]
 """Told the name of each asset that has been materialized."""
@@ -44,7 +57,40 @@ def instance() -> Iterator[DagsterInstance]:
     """
     with DagsterInstance.get() as opened:
         opened.optimize_for_webserver(STATEMENT_TIMEOUT_MS, POOL_RECYCLE_S, MAX_CONNECTIONS)
+        end_dead_runs(opened)
         yield opened
+
+
+def end_dead_runs(opened: DagsterInstance) -> list[str]:
+    """Record the failure of this program's runs whose process was killed, and free what they hold; returns their ids.
+
+    A killed run would count as running until run monitoring gives up on it, and a training would wait for its slot.
+    """
+    ended = []
+    for run in opened.get_runs(RunsFilter(statuses=UNFINISHED)):
+        process = run.tags.get(PROCESS_TAG)
+        if process is not None and _is_dead(process):
+            opened.report_run_failed(run, f"its process ended without a word ({process}); run the month again")
+            opened.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+            ended.append(run.run_id)
+    return ended
+
+
+def _this_process() -> str:
+    process = psutil.Process()
+    return f"{socket.gethostname()} {process.pid} {process.create_time():.0f}"
+
+
+def _is_dead(name: str) -> bool:
+    """Whether a process of this host is gone; of another host's nothing is known."""
+    host, pid, created = name.rsplit(" ", 2)
+    if host != socket.gethostname():
+        return False
+    try:
+        process = psutil.Process(int(pid))
+        return process.status() == psutil.STATUS_ZOMBIE or process.create_time() > float(created) + SAME_PROCESS_S
+    except psutil.NoSuchProcess:
+        return True
 
 
 def assets_of(*, labelled: bool) -> int:
@@ -68,7 +114,12 @@ def run_month(
     config = {**QUIET, **({"ops": {CHURN_MODEL: {"config": dict(choice)}}} if choice and labelled else {})}
     with _reporting(opened, run_id, progress):
         result = _job(labelled=labelled).execute_in_process(
-            run_config=config, instance=opened, partition_key=str(month), raise_on_error=False, run_id=run_id
+            run_config=config,
+            instance=opened,
+            partition_key=str(month),
+            raise_on_error=False,
+            run_id=run_id,
+            tags={PROCESS_TAG: _this_process()},
         )
     stats = opened.get_run_stats(run_id)
     return MonthRun(month, run_id, (stats.end_time or 0) - (stats.start_time or 0), _failures(result))

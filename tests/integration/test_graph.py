@@ -1,12 +1,16 @@
 """Months through the asset graph as Dagster runs and records them: metadata, checks, a bad month beside good ones."""
 
 import shutil
+import socket
+import subprocess
 from datetime import UTC, datetime
 from unittest import mock
+from uuid import uuid4
 
+import psutil
 import psycopg
 import pytest
-from dagster import AssetCheckKey, AssetKey, DagsterEventType
+from dagster import AssetCheckKey, AssetKey, DagsterEventType, DagsterRun, DagsterRunStatus
 
 from streamflow import pipeline, stack
 from streamflow.landing import LandingZone
@@ -205,3 +209,44 @@ def test_a_person_can_train_an_estimator_by_name_from_the_launchpad(platform, da
 def test_an_unknown_estimator_fails_with_what_there_is(dagster, february):
     done = runner.run_month(dagster, FEBRUARY, labelled=True, choice={"estimator": "oracle"}, progress=lambda _: None)
     assert "there is no estimator 'oracle'; training.toml has logistic_regression" in done.failures["churn_model"]
+
+
+# --- killed runs ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_whose_process_was_killed_is_ended_and_gives_its_slot_back(dagster, february):
+    here, this = socket.gethostname(), psutil.Process()
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        born = psutil.Process(sleeper.pid).create_time()
+        sleeper.kill()
+    alive = f"{here} {this.pid} {this.create_time():.0f}"
+    assert dagster.get_run_by_id(february[0].run_id).tags[runner.PROCESS_TAG] == alive
+    names = {
+        "killed": f"{here} {sleeper.pid} {born:.0f}",
+        "other number since": f"{here} {this.pid} {this.create_time() - 120:.0f}",
+        "alive": alive,
+        "elsewhere": f"another-host {sleeper.pid} {born:.0f}",
+        "of the UI": None,
+    }
+    runs = {}
+    for name, process in names.items():
+        tags = {} if process is None else {runner.PROCESS_TAG: process}
+        runs[name] = DagsterRun("whole_month", str(uuid4()), status=DagsterRunStatus.STARTED, tags=tags)
+        dagster.add_run(runs[name])
+    slots = dagster.event_log_storage
+    assert slots.claim_concurrency_slot("training", runs["killed"].run_id, "churn_model").is_claimed
+    assert not slots.claim_concurrency_slot("training", runs["alive"].run_id, "churn_model").is_claimed
+
+    assert set(runner.end_dead_runs(dagster)) == {runs["killed"].run_id, runs["other number since"].run_id}
+
+    status = {name: dagster.get_run_by_id(one.run_id).status.value for name, one in runs.items()}
+    assert status == {
+        "killed": "FAILURE",
+        "other number since": "FAILURE",
+        "alive": "STARTED",
+        "elsewhere": "STARTED",
+        "of the UI": "STARTED",
+    }
+    assert slots.claim_concurrency_slot("training", runs["alive"].run_id, "churn_model").is_claimed
+    slots.free_concurrency_slots_for_run(runs["alive"].run_id)
+    assert runner.end_dead_runs(dagster) == []

@@ -189,9 +189,12 @@ def test_a_missing_data_folder_is_one_clear_line(undisturbed, tmp_path):
 def test_kills_in_the_middle_leave_nothing_wrong(new_settings, undisturbed, data):
     """Killed among the data layers of the first month, started again, killed in the training of the second."""
     settings = new_settings()
-    for relation, month in (("usage_agg_30d_snapshots", "2024-01"), ("training_dataset", "2024-02")):
+    for under_way in (
+        lambda database: ("usage_agg_30d_snapshots", "2024-01") in written(database),
+        lambda database: ("training_dataset", "2024-02") in written(database) and is_training(database),
+    ):
         process = streamflow(settings, "up", "--data", data)
-        wait_for(settings, process, relation, month)
+        wait_until(under_way, settings, process)
         kill_everything(settings, process)
     code, output = finished(streamflow(settings, "up", "--once", "--data", data))
     assert code == 0, output
@@ -199,15 +202,25 @@ def test_kills_in_the_middle_leave_nothing_wrong(new_settings, undisturbed, data
     assert digests(settings) == digests(undisturbed[0])
 
 
-def wait_for(settings, process, relation, month):
-    """Return as soon as the month of a relation is written: the run that wrote it goes on."""
+def written(database):
+    return {(one.relation, str(one.month)) for one in month_writes(database)}
+
+
+def is_training(database):
+    """Whether a training holds the slot that only one may hold."""
+    with database.connect() as connection:
+        return connection.execute("SELECT FROM dagster.concurrency_slots WHERE run_id IS NOT NULL").fetchone() == ()
+
+
+def wait_until(under_way, settings, process):
+    """Return as soon as the database shows that something is under way, which then goes on."""
     deadline = time.monotonic() + TIMEOUT_S
     while not (settings.home / "landing" / str(MONTHS[-1])).exists():
         assert time.monotonic() < deadline
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.1)
     with embedded.postgres(settings) as database:
-        while (relation, month) not in {(one.relation, str(one.month)) for one in month_writes(database)}:
+        while not under_way(database):
             assert time.monotonic() < deadline
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.02)
