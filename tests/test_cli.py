@@ -253,7 +253,7 @@ def test_a_folder_that_is_not_there_is_said(streamflow: Streamflow, tmp_path: Pa
 
 def test_migrate_says_what_it_changed(world: World) -> None:
     assert (world.migrated.code, world.migrated.err) == (0, "")
-    assert world.migrated.out.startswith("migrated from an empty database to 0002\ncreated users\n")
+    assert world.migrated.out.startswith("migrated from an empty database to 0003\ncreated users\n")
 
 
 # --- running months -----------------------------------------------------------------------------------------------
