@@ -85,7 +85,7 @@ class Postgres:
 
 
 async def _fetch(connection: psycopg.AsyncConnection[Row], query: bytes, parameters: tuple[object, ...]) -> list[Row]:
-    watchdog = asyncio.get_running_loop().call_later(SILENCE_S, _cut, connection)
+    watchdog = asyncio.get_running_loop().call_later(SILENCE_S, cut, connection)
     try:
         cursor = await connection.execute(query, parameters, prepare=True, binary=True)
         return await cursor.fetchall()
@@ -93,7 +93,7 @@ async def _fetch(connection: psycopg.AsyncConnection[Row], query: bytes, paramet
         watchdog.cancel()
 
 
-def _cut(connection: psycopg.AsyncConnection[Any]) -> None:
+def cut(connection: psycopg.AsyncConnection[Any]) -> None:
     """Shut the socket under a query: to cancel it politely, psycopg would wait for a server that hangs."""
     with socket.socket(fileno=connection.fileno()) as shared:
         try:
