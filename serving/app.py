@@ -12,6 +12,7 @@ from serving.artifacts import Artifacts
 from serving.features import FeatureStore
 from serving.openapi import ClosedSchemas, ContractSchemas, openapi_config
 from serving.postgres import Postgres
+from serving.prediction_log import PredictionLog
 from serving.predictor import Freshness, Predictor
 from serving.problems import add_request_id, respond
 from serving.production import ProductionModel
@@ -41,10 +42,11 @@ def create_app(
     production = ProductionModel(postgres, store, artifacts, clock)
     freshness = Freshness(settings.max_feature_age_days, refuse=settings.stale_features == "refuse")
     predictor = Predictor(production, store, freshness, clock)
+    predictions = PredictionLog(settings.database_url, settings.home / "cache" / "predictions")
 
     @asynccontextmanager
     async def running(_: Litestar) -> AsyncIterator[None]:
-        async with postgres, artifacts, production:
+        async with postgres, artifacts, production, predictions:
             yield
 
     def shared(value: Any) -> Provide:
@@ -53,7 +55,11 @@ def create_app(
     return Litestar(
         route_handlers=ROUTES,
         lifespan=[running],
-        dependencies={"predictor": shared(predictor), "production": shared(production)},
+        dependencies={
+            "predictor": shared(predictor),
+            "production": shared(production),
+            "predictions": shared(predictions),
+        },
         exception_handlers={Exception: respond},
         before_send=[add_request_id],
         request_class=JsonRequest,

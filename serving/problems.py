@@ -16,6 +16,7 @@ from msgspec import UNSET
 
 from serving.features import IncompleteFeatures, MissingFeatures, UnknownUser
 from serving.logs import log, with_cause
+from serving.prediction_log import PredictionLogFull
 from serving.predictor import StaleFeatures, UnscorableUser
 from serving.production import Check, NoModel, State
 from serving.schemas import Problem, ReadinessCheck
@@ -63,6 +64,7 @@ KINDS: dict[type[Exception] | int, Kind] = {
     WarehouseUnavailable: Kind(
         HTTPStatus.SERVICE_UNAVAILABLE, "feature-store-unavailable", "The feature store is unavailable", 2
     ),
+    PredictionLogFull: Kind(HTTPStatus.SERVICE_UNAVAILABLE, "prediction-log-full", "The prediction log is full", 2),
     NotReady: Kind(HTTPStatus.SERVICE_UNAVAILABLE, "not-ready", "Not ready", 2),
     400: Kind(HTTPStatus.BAD_REQUEST, "malformed-request", "Malformed request"),
     404: Kind(HTTPStatus.NOT_FOUND, "not-found", "Nothing is here"),
@@ -133,6 +135,12 @@ def request_id_of(scope: Scope) -> str:
     return str(state["request_id"])
 
 
+def caller_request_id_of(scope: Scope) -> str | None:
+    """The caller's own id of the request, if it is well-formed."""
+    given = dict(scope["headers"]).get(REQUEST_ID_HEADER, b"")
+    return given.decode() if CALLER_REQUEST_ID.fullmatch(given) else None
+
+
 def new_request_id() -> str:
     """A unique id."""
     return str(uuid4())
@@ -142,9 +150,8 @@ async def add_request_id(message: Message, scope: Scope) -> None:
     """Put the request's id into the header of its answer, and a well-formed one of the caller's beside it."""
     if message["type"] == "http.response.start":
         headers = [*message["headers"], (REQUEST_ID_HEADER, request_id_of(scope).encode())]
-        callers = dict(scope["headers"]).get(REQUEST_ID_HEADER, b"")
-        if CALLER_REQUEST_ID.fullmatch(callers):
-            headers.append((CALLER_REQUEST_ID_HEADER, callers))
+        if callers := caller_request_id_of(scope):
+            headers.append((CALLER_REQUEST_ID_HEADER, callers.encode()))
         message["headers"] = headers
 
 

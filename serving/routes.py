@@ -8,8 +8,17 @@ from litestar.exceptions import ClientException, SerializationException
 from litestar.params import JSONBody, Parameter, SkipValidation
 
 from serving.features import IncompleteFeatures, UnknownUser
+from serving.prediction_log import PredictionLog, PredictionLogFull, logged
 from serving.predictor import Predictor, Scored, StaleFeatures, UnscorableUser
-from serving.problems import NotReady, documented, new_request_id, problem, readiness_checks, request_id_of
+from serving.problems import (
+    NotReady,
+    caller_request_id_of,
+    documented,
+    new_request_id,
+    problem,
+    readiness_checks,
+    request_id_of,
+)
 from serving.production import NoModel, ProductionModel, State
 from serving.schemas import (
     WHOLE_USER_ID,
@@ -34,6 +43,7 @@ BODY = (400, 413, 415)
 USER = (UnknownUser, IncompleteFeatures)
 
 ThePredictor = NamedDependency[SkipValidation[Predictor]]
+ThePredictions = NamedDependency[SkipValidation[PredictionLog]]
 TheProduction = NamedDependency[SkipValidation[ProductionModel]]
 
 
@@ -60,24 +70,32 @@ class JsonRequest(Request[Any, Any, Any]):
     "/predict",
     status_code=200,
     request_max_body_size=MAX_BODY,
-    responses=documented(*BODY, *USER, UnscorableUser, StaleFeatures, *UNAVAILABLE),
+    responses=documented(*BODY, *USER, UnscorableUser, StaleFeatures, *UNAVAILABLE, PredictionLogFull),
 )
-async def predict(data: JSONBody[PredictRequest], request: JsonRequest, predictor: ThePredictor) -> Prediction:
+async def predict(
+    data: JSONBody[PredictRequest], request: JsonRequest, predictor: ThePredictor, predictions: ThePredictions
+) -> Prediction:
     """Score one customer with the Production model and the features of the feature store."""
     scored = await predictor.predict(data.user_id)
-    return _prediction(scored, request_id_of(request.scope))
+    request_id = request_id_of(request.scope)
+    predictions.record(logged(scored, request_id, caller_request_id_of(request.scope)))
+    return _prediction(scored, request_id)
 
 
 @post(
     "/predict/batch",
     status_code=200,
     request_max_body_size=MAX_BATCH_BODY,
-    responses=documented(*BODY, *UNAVAILABLE),
+    responses=documented(*BODY, *UNAVAILABLE, PredictionLogFull),
 )
-async def predict_batch(data: JSONBody[BatchRequest], predictor: ThePredictor) -> BatchAnswer:
+async def predict_batch(
+    data: JSONBody[BatchRequest], request: JsonRequest, predictor: ThePredictor, predictions: ThePredictions
+) -> BatchAnswer:
     """Score up to 1,000 customers: a prediction or a problem for each, in order, each with its own request_id."""
-    outcomes = await predictor.predict_all(data.user_ids)
-    return BatchAnswer([_outcome(outcome) for outcome in outcomes])
+    outcomes = [(new_request_id(), outcome) for outcome in await predictor.predict_all(data.user_ids)]
+    callers = caller_request_id_of(request.scope)
+    predictions.record(*(logged(outcome, own, callers) for own, outcome in outcomes if isinstance(outcome, Scored)))
+    return BatchAnswer([_outcome(outcome, own) for own, outcome in outcomes])
 
 
 @get("/features/{user_id:str}", responses=documented(400, *USER, *UNAVAILABLE))
@@ -143,8 +161,7 @@ def _prediction(scored: Scored, request_id: str) -> Prediction:
     )
 
 
-def _outcome(outcome: Scored | StreamFlowError) -> Outcome:
-    request_id = new_request_id()
+def _outcome(outcome: Scored | StreamFlowError, request_id: str) -> Outcome:
     if isinstance(outcome, StreamFlowError):
         return problem(outcome, request_id)
     return _prediction(outcome, request_id)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from uuid import UUID
 
 import msgspec
 import typer
@@ -29,6 +30,7 @@ from streamflow.settings import Settings
 if TYPE_CHECKING:
     from streamflow.landing import Landed
     from streamflow.pipeline import Platform
+    from streamflow.predictions import Summary
     from streamflow.promotion import Entry, Gate
     from streamflow_dagster.runner import MonthRun
 
@@ -49,6 +51,9 @@ UNWRAPPED = 400
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 By = Annotated[str, typer.Option("--by", help="Who decides.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; it goes into the ledger.")]
+RequestId = Annotated[
+    UUID | None, typer.Argument(metavar="REQUEST_ID", show_default=False, help="The request_id of an answer.")
+]
 FirstMonth = Annotated[str, typer.Option("--first-month", help="Month of the first folder that is not named YYYY-MM.")]
 
 
@@ -121,6 +126,8 @@ def as_json(facts: Any) -> None:
     """Print facts as JSON."""
 
     def plain(value: Any) -> Any:
+        if isinstance(value, msgspec.Struct):
+            return _facts(value)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return value.isoformat() if hasattr(value, "isoformat") else str(value)
@@ -215,13 +222,17 @@ def _facts(struct: Any) -> dict[str, Any]:
 def migrate() -> None:
     """Bring the databases of the platform and its tools to this version, and MLflow's stages in line with the ledger.
 
-    An MLflow server of your own (STREAMFLOW_MLFLOW_URI) looks after its database itself.
+    Months of the prediction log that are older than STREAMFLOW_PREDICTION_RETENTION_MONTHS are dropped. An MLflow
+    server of your own (STREAMFLOW_MLFLOW_URI) looks after its database itself.
     """
-    from streamflow import pipeline
+    from streamflow import pipeline, predictions
 
     with connected() as platform:
         for change in pipeline.prepare(platform):
             out.print(change)
+        keep = platform.settings.prediction_retention_months
+        for month in predictions.drop_old_months(platform.database, keep, now()):
+            out.print(f"dropped the predictions of {month}")
         with _dagster_runner().instance():
             pass
         if platform.settings.mlflow_uri is None:
@@ -537,20 +548,65 @@ def rebuild(
 
 @app.command()
 def trace(
-    version: Annotated[int, typer.Option(help="The registered version.")],
+    request_id: RequestId = None,
+    version: Annotated[int | None, typer.Option(help="A registered version.")] = None,
     json_: AsJson = False,
 ) -> None:
-    """Follow a version back to the landed files, and fail if a link on the way is missing or altered."""
+    """Follow a prediction or a version back to the landed files, and fail if a link is missing or altered."""
     from streamflow import tracing
 
+    if (request_id is None) == (version is None):
+        raise typer.BadParameter("give the REQUEST_ID of a prediction or --version N")
+    traced: tracing.Trace | tracing.TracedPrediction
     with prepared() as platform:
-        traced = tracing.trace_version(platform, version)
+        if version is not None:
+            traced = tracing.trace_version(platform, version)
+        else:
+            traced = tracing.trace_prediction(platform, str(request_id))
     if json_:
         as_json(traced)
     else:
-        width = None if out.is_terminal else UNWRAPPED
-        Console(highlight=False, width=width).print(tracing.as_tree(traced))
+        tree = tracing.as_tree(traced) if isinstance(traced, tracing.Trace) else tracing.prediction_as_tree(traced)
+        Console(highlight=False, width=None if out.is_terminal else UNWRAPPED).print(tree)
     tracing.require_whole(traced)
+
+
+@app.command()
+def replay(
+    request_id: RequestId = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every logged prediction.")] = False,
+    since: Annotated[str | None, typer.Option(help="With --all: a time, such as 2024-02-03T04:05Z.")] = None,
+    json_: AsJson = False,
+) -> None:
+    """Score logged features again with the artifact that answered, and fail unless every bit is the same."""
+    from streamflow import predictions
+
+    if (request_id is None) != all_ or (since and not all_):
+        raise typer.BadParameter("give the REQUEST_ID of a prediction, or --all, which --since may limit")
+    moment = _moment(since) if since else None
+    with prepared() as platform:
+        one = predictions.replay(platform, str(request_id)) if request_id else None
+        summary = predictions.summarize([one] if one else predictions.replay_all(platform, moment))
+    if json_:
+        as_json(one or summary)
+    else:
+        _print_replay(summary)
+    if not summary.count:
+        raise StreamFlowError(f"nothing was replayed: no prediction is logged{' since then' if since else ''}")
+    if summary.identical != summary.count:
+        raise StreamFlowError(
+            f"{summary.count - summary.identical:,} of {summary.count:,} predictions were not replayed identically"
+        )
+
+
+def _print_replay(summary: "Summary") -> None:
+    out.print(
+        f"{summary.count:,} replayed: {summary.identical:,} identical, {summary.different:,} different, "
+        f"{summary.not_replayable:,} not replayable"
+    )
+    for one in summary.named:
+        again = f"{one.replayed.probability!r}" if one.replayed else one.problem
+        out.print(f"  {one.request_id}  logged {one.logged.probability!r}, now {again}", markup=False)
 
 
 # --- using and watching -------------------------------------------------------------------------------------------

@@ -28,6 +28,10 @@ class UnknownVersion(StreamFlowError):
     """A model version that was never registered."""
 
 
+class UnknownPrediction(StreamFlowError):
+    """A request id that no prediction in the log has."""
+
+
 class PromotionRefused(StreamFlowError):
     """A promotion or rollback that policy, gates or the ledger forbid."""
 

@@ -29,6 +29,8 @@ class Settings(BaseSettings):
     ``stale_features`` says, refused.
     ``host`` is where the services listen, ``code_host`` where Dagster's code server is found. ``policy`` overrides the
     mode of ``policy_file``; ``training_file`` says how models are chosen and fitted.
+    ``prediction_retention_months`` is how many whole months of the prediction log are kept besides the current one;
+    all, if not given.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
@@ -49,6 +51,7 @@ class Settings(BaseSettings):
     policy: Literal["manual", "auto"] | None = None
     policy_file: Path = PROJECT_ROOT / "policy.toml"
     training_file: Path = PROJECT_ROOT / "training.toml"
+    prediction_retention_months: Annotated[int, Field(ge=1)] | None = None
     actor: str = Field(default_factory=getpass.getuser, min_length=1)
 
     @field_validator("home", "policy_file", "training_file", mode="before")

@@ -1,4 +1,4 @@
-"""Tracing: what a version came from, link by link, down to the landed files, and whether each link still holds.
+"""Tracing: what a prediction or a version came from, link by link, down to the landed files, and whether each holds.
 
 Following and showing the records that other modules keep belongs here; making anything anew is pipeline.py's.
 """
@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from psycopg import sql
 
 from streamflow import dataset, pipeline, scoring
-from streamflow.contract import Contract
+from streamflow.contract import AS_OF, SCHEMA, USER_ID, Contract
 from streamflow.errors import ConfigurationError, LineageBroken, StreamFlowError, TrainingRefused, UnknownVersion
 from streamflow.landing import ArchiveUnusable
 from streamflow.months import Month
 from streamflow.pipeline import Platform
+from streamflow.predictions import LoggedPrediction, logged_prediction
 from streamflow.promotion import Entry, Gate, Version, gates_of, in_force
 from streamflow.registry import MODEL
 from streamflow.training_config import TrainingConfig
-from streamflow.warehouse import month_writes
+from streamflow.warehouse import Source, month_writes
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -203,12 +205,97 @@ def trace_version(platform: Platform, number: int) -> Trace:
     )
 
 
-def require_whole(trace: Trace) -> None:
+@dataclass(frozen=True)
+class TracedSnapshot:
+    """A snapshot that features of a prediction come from, as the warehouse holds it now; ``revision`` 0: not at all.
+
+    ``files`` are the landed files that it was made from, by table. ``changed`` names the features that the customer has
+    other values of there now than were scored; ``written_since`` tells whether it was written after the answer.
+    """
+
+    relation: str
+    month: str
+    revision: int
+    files: Mapping[str, Source]
+    written_since: bool
+    changed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TracedPrediction:
+    """A logged prediction, the snapshots of its features, and everything that the version it was answered by came from.
+
+    ``broken`` has what is missing or altered anywhere; a month that was corrected since is not.
+    """
+
+    prediction: LoggedPrediction
+    snapshots: tuple[TracedSnapshot, ...]
+    lineage: Trace
+    broken: tuple[str, ...]
+
+
+def trace_prediction(platform: Platform, request_id: str) -> TracedPrediction:
+    """Follow a logged prediction to its features and its version, and that back to the landed files.
+
+    Raises UnknownPrediction, and what `trace_version` raises.
+    """
+    prediction = logged_prediction(platform.database, request_id)
+    lineage = trace_version(platform, prediction.model_version)
+    said = (
+        ("scorer", prediction.artifact_sha256, lineage.artifact.sha256),
+        ("run", prediction.run_id, lineage.run.run_id),
+    )
+    other = [
+        f"request {request_id} was answered by {name} {logged}; version {lineage.version} has {registered}"
+        for name, logged, registered in said
+        if logged != registered
+    ]
+    snapshots = tuple(_snapshots(platform, prediction, lineage.service))
+    return TracedPrediction(prediction, snapshots, lineage, (*other, *lineage.broken))
+
+
+def _snapshots(platform: Platform, prediction: LoggedPrediction, service: str) -> Iterator[TracedSnapshot]:
+    month = Month(prediction.features_as_of.year, prediction.features_as_of.month)
+    writes = {write.relation: write for write in month_writes(platform.database) if write.month == month}
+    logged = prediction.features
+    sources: dict[str, list[str]] = {}
+    for view in (view for one in platform.contract.services if one.name == service for view in one.views):
+        named = sources.setdefault(view.snapshot, [])
+        named += [column.name for column in view.columns if column.name in logged]
+    for snapshot, names in sources.items():
+        write = writes.get(snapshot)
+        held = _held(platform, snapshot, names, prediction)
+        yield TracedSnapshot(
+            snapshot,
+            str(month),
+            write.revision if write else 0,
+            write.sources if write else {},
+            write is None or write.written_at > prediction.answered_at,
+            tuple(name for name in names if held is None or held[name] != logged[name]),
+        )
+
+
+def _held(
+    platform: Platform, snapshot: str, names: Sequence[str], prediction: LoggedPrediction
+) -> Mapping[str, object] | None:
+    query = sql.SQL("SELECT {} FROM {} WHERE {} = %s AND {} = %s").format(
+        sql.SQL(", ").join(map(sql.Identifier, names)),
+        sql.Identifier(SCHEMA, snapshot),
+        sql.Identifier(AS_OF),
+        sql.Identifier(USER_ID),
+    )
+    with platform.database.connect() as connection:
+        row = connection.execute(query, (prediction.features_as_of, prediction.user_id)).fetchone()
+    return None if row is None else dict(zip(names, row, strict=True))
+
+
+def require_whole(trace: Trace | TracedPrediction) -> None:
     """Raise LineageBroken, which names every link that is missing or altered, unless all hold."""
     if trace.broken:
+        version = trace.version if isinstance(trace, Trace) else trace.lineage.version
         places = "1 place" if len(trace.broken) == 1 else f"{len(trace.broken)} places"
         reasons = "".join(f"\n  {reason}" for reason in trace.broken)
-        raise LineageBroken(f"the lineage of version {trace.version} is broken in {places}:{reasons}")
+        raise LineageBroken(f"the lineage of version {version} is broken in {places}:{reasons}")
 
 
 def _month(version: Version) -> Month:
@@ -409,6 +496,37 @@ def as_tree(trace: Trace) -> "Tree":
     return tree
 
 
+def prediction_as_tree(traced: TracedPrediction) -> "Tree":
+    """The same for a prediction: what was answered and from which features, and below that its version's tree."""
+    from rich.text import Text
+    from rich.tree import Tree
+
+    one = traced.prediction
+    decision = "churns" if one.decision else "stays"
+    tree = Tree(Text(f"request {one.request_id}  {one.user_id} {decision}", style="bold"))
+    tree.add(_line(f"{'answered':<{NAMES}}{_second(one.answered_at)}, caller's id {one.caller_request_id or 'none'}"))
+    tree.add(_line(f"{'probability':<{NAMES}}{one.probability!r}, threshold {one.threshold:g}"))
+    features = tree.add(_line(f"{'features':<{NAMES}}as of {one.features_as_of}"))
+    for snapshot, said in zip(traced.snapshots, _padded(map(_told_snapshot, traced.snapshots)), strict=True):
+        branch = features.add(_line(said))
+        for file in _padded((f"{name}.csv", _told_source(source)) for name, source in snapshot.files.items()):
+            branch.add(_line(file))
+    tree.add(as_tree(traced.lineage))
+    return tree
+
+
+def _told_snapshot(snapshot: TracedSnapshot) -> tuple[str, ...]:
+    if not snapshot.revision:
+        return (snapshot.relation, snapshot.month, "no longer in the warehouse", "")
+    since = ", written since" if snapshot.written_since else ""
+    now = f"other values now: {', '.join(snapshot.changed)}" if snapshot.changed else "the values that were scored"
+    return (snapshot.relation, snapshot.month, f"revision {snapshot.revision}{since}", now)
+
+
+def _told_source(source: Source) -> str:
+    return f"revision {source['revision']}  {_short(source['digest'])}"
+
+
 def _parts(trace: Trace) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
     """The links from the version to its dataset: what it is, what is said of it, its problems."""
     training, data = trace.training, trace.dataset
@@ -480,6 +598,10 @@ def _known(value: object) -> str:
 
 def _short(digest: str | None) -> str:
     return _known(digest)[:SHORT]
+
+
+def _second(at: datetime) -> str:
+    return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _minute(at: datetime) -> str:

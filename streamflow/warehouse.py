@@ -32,7 +32,7 @@ TYPES = {
     "date": "date",
 }
 TOOL_SCHEMAS = ("online", "feast", "mlflow", "dagster")
-INSERT_ONLY = ("model_versions", "promotion_ledger")
+INSERT_ONLY = ("model_versions", "promotion_ledger", "predictions")
 SESSION_DEFAULTS = {"timezone": "UTC", "datestyle": "ISO", "extra_float_digits": "1"}
 """What each session of the platform's role starts with here, also those of tools that cannot be told."""
 COPY_BLOCK_ROWS = 100_000
@@ -226,6 +226,12 @@ def _grant(connection: psycopg.Connection[Any], role: str) -> None:
         connection.execute(
             sql.SQL("REVOKE {} ON {} FROM {}").format(sql.SQL(writes), sql.Identifier(SCHEMA, table), name)
         )
+    partitions = connection.execute(
+        "SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = 'streamflow.predictions'::regclass"
+    )
+    for (partition,) in partitions.fetchall():  # reached through the table that they are of, and by its rights
+        connection.execute(sql.SQL("REVOKE ALL ON {} FROM {}").format(sql.SQL(partition), name))
+    connection.execute(sql.SQL("GRANT EXECUTE ON FUNCTION streamflow.make_predictions_partition TO {}").format(name))
 
 
 def write_month(

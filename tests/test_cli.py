@@ -253,7 +253,7 @@ def test_a_folder_that_is_not_there_is_said(streamflow: Streamflow, tmp_path: Pa
 
 def test_migrate_says_what_it_changed(world: World) -> None:
     assert (world.migrated.code, world.migrated.err) == (0, "")
-    assert world.migrated.out.startswith("migrated from an empty database to 0002\ncreated users\n")
+    assert world.migrated.out.startswith("migrated from an empty database to 0003\ncreated users\n")
 
 
 # --- running months -----------------------------------------------------------------------------------------------
@@ -497,6 +497,20 @@ def test_migrate_lets_mlflow_follow_the_ledger(
     interrupted(database)
     assert streamflow("migrate") == Done(0, "", "")
     assert registry.versions()[1].stage == PRODUCTION
+
+
+def test_migrate_drops_predictions_of_months_that_are_not_kept(
+    streamflow: Streamflow, database: Database, without_dagster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with database.connect() as connection:
+        for month in ("2020-01-01", "2020-02-01", "2999-01-01"):
+            connection.execute("SELECT streamflow.make_predictions_partition(%s)", (month,))
+    assert streamflow("migrate") == Done(0, "", "")
+    monkeypatch.setenv("STREAMFLOW_PREDICTION_RETENTION_MONTHS", "1")
+    said = "dropped the predictions of 2020-01\ndropped the predictions of 2020-02\n"
+    assert streamflow("migrate") == Done(0, said, "")
+    monkeypatch.setenv("STREAMFLOW_PREDICTION_RETENTION_MONTHS", "0")
+    assert_refused(streamflow("migrate"), "STREAMFLOW_PREDICTION_RETENTION_MONTHS='0'")
 
 
 def test_migrate_goes_on_without_mlflow(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import UUID, uuid4
 
 import msgspec
 import pytest
@@ -19,17 +20,25 @@ from governed import evidence
 from psycopg.types.json import Jsonb
 from rich.console import Console
 
-from streamflow import cli, pipeline, tracing
+from streamflow import cli, dataset, pipeline, tracing
 from streamflow.contract import CONTRACT, USAGE
 from streamflow.database import Database
-from streamflow.errors import LineageBroken, RegistryUnavailable, UnknownVersion
+from streamflow.errors import LineageBroken, RegistryUnavailable, UnknownPrediction, UnknownVersion
 from streamflow.months import Month
 from streamflow.pipeline import Platform
+from streamflow.predictions import LoggedPrediction, logged_predictions, replay
 from streamflow.promotion import Version, gates_of
-from streamflow.registry import MODEL
+from streamflow.registry import MODEL, SCORER_PATH
 from streamflow.settings import PROJECT_ROOT, Settings
 from streamflow.simulate import simulate
-from streamflow.tracing import Trace, as_tree, require_whole, trace_version
+from streamflow.tracing import (
+    Trace,
+    as_tree,
+    prediction_as_tree,
+    require_whole,
+    trace_prediction,
+    trace_version,
+)
 from streamflow.training_config import TrainingConfig
 
 JANUARY = Month(2024, 1)
@@ -37,6 +46,7 @@ LANDED = datetime(2024, 2, 1, 9, 58, tzinfo=UTC)
 TRAINED = datetime(2024, 2, 1, 10, 5, tzinfo=UTC)
 CORRECTED = datetime(2024, 2, 9, 8, 0, tzinfo=UTC)
 DECIDED = datetime(2024, 2, 3, 12, 30, tzinfo=UTC)
+ANSWERED = UUID("6f1c1a52-7a35-4ad4-9f0e-8a3c3d0f5b11")
 USERS = 400
 
 
@@ -525,7 +535,10 @@ def test_the_command_shows_what_there_is_and_fails_when_a_link_is_broken(
     ("arguments", "code", "says"),
     [
         (("--version", "9"), 1, "there is no version 9; registered are: 1"),
-        ((), 2, "Missing option '--version'"),
+        ((), 2, "give the REQUEST_ID of a prediction or --version N"),
+        ((str(ANSWERED), "--version", "1"), 2, "give the REQUEST_ID of a prediction or --version N"),
+        (("first",), 2, "Invalid value for 'REQUEST_ID'"),
+        ((str(UUID(int=0)),), 1, f"the prediction log has no request {UUID(int=0)}"),
         (("--version", "first"), 2, "Invalid value for '--version'"),
     ],
 )
@@ -535,6 +548,165 @@ def test_the_command_refuses_what_it_cannot_trace(
     ended, out, err = streamflow("trace", *arguments)
     assert (ended, out) == (code, "")
     assert says in err
+
+
+# --- a prediction -------------------------------------------------------------------------------------------------
+
+
+def answer(world: World, request_id: UUID, **changes: Any) -> LoggedPrediction:
+    """Log what the service would have for the customer whose usage was corrected, before that was."""
+    platform = world.platform
+    version = platform.ledger.version(1)
+    frame = dataset.load(platform.datasets / f"{version.dataset_digest}.parquet", CONTRACT).frame
+    user_id = (platform.settings.home / "months" / "2024-01" / USAGE.file).read_text().splitlines()[1].partition(",")[0]
+    (features,) = frame[frame["user_id"] == user_id].to_dict("records")
+    scorer = pipeline.scorer_of(platform, version)
+    names = [feature.name for feature in scorer.features]
+    probability = float(scorer.score([[features[name] for name in names]])[0])
+    facts = {
+        "request_id": str(request_id),
+        "answered_at": DECIDED,
+        "caller_request_id": "the-callers",
+        "user_id": user_id,
+        "features_as_of": JANUARY.as_of,
+        "features": {name: features[name] for name in names},
+        "probability": probability,
+        "threshold": 0.5,
+        "decision": probability >= 0.5,
+        "model_version": 1,
+        "run_id": version.run_id,
+        "artifact_sha256": version.artifact_sha256,
+    }
+    answered = LoggedPrediction(**{**facts, **changes})
+    with platform.database.connect() as connection:
+        connection.execute("SELECT streamflow.make_predictions_partition(%s)", (answered.answered_at.date(),))
+        connection.execute(
+            "INSERT INTO streamflow.predictions SELECT * "
+            "FROM json_populate_record(NULL::streamflow.predictions, %s::json) ON CONFLICT DO NOTHING",
+            (msgspec.json.encode(answered).decode(),),
+        )
+    return answered
+
+
+@pytest.fixture(scope="module")
+def answered(world: World) -> LoggedPrediction:
+    return answer(world, ANSWERED)
+
+
+def test_a_prediction_is_traced_to_its_features_and_its_version(world: World, answered: LoggedPrediction) -> None:
+    traced = trace_prediction(world.platform, str(ANSWERED))
+    assert (traced.prediction, traced.broken) == (answered, ())
+    assert traced.lineage == trace_version(world.platform, 1)
+    names = ["users_snapshots", "subscriptions_profile_snapshots", "usage_agg_30d_snapshots"]
+    names += ["payments_agg_90d_snapshots", "support_agg_90d_snapshots"]
+    found = {one.relation: one for one in traced.snapshots}
+    assert sorted(found) == sorted(names)
+    usage = found.pop("usage_agg_30d_snapshots")
+    assert (usage.month, usage.revision, usage.written_since, usage.changed) == ("2024-01", 2, True, ("skips_7d",))
+    assert usage.files["usage_agg_30d"]["digest"] != world.first_files["usage_agg_30d"]
+    for one in found.values():
+        assert (one.month, one.revision, one.written_since, one.changed) == ("2024-01", 1, False, ())
+        assert {name: file["digest"] for name, file in one.files.items()}.items() <= world.first_files.items()
+        assert one.files
+
+
+def test_a_traced_prediction_is_printed(world: World, answered: LoggedPrediction) -> None:
+    console = Console(width=400, highlight=False)
+    with console.capture() as captured:
+        console.print(prediction_as_tree(trace_prediction(world.platform, str(ANSWERED))))
+    lines = captured.get().splitlines()
+    decision = "churns" if answered.decision else "stays"
+    assert lines[0] == f"request {ANSWERED}  {answered.user_id} {decision}"
+    assert lines[1] == "├── answered       2024-02-03 12:30:00 UTC, caller's id the-callers"
+    assert lines[2] == f"├── probability    {answered.probability!r}, threshold 0.5"
+    assert lines[3] == "├── features       as of 2024-01-31"
+    (usage,) = [line for line in lines if "usage_agg_30d_snapshots" in line and "other values" in line]
+    assert usage.split("2024-01  ")[1] == "revision 2, written since  other values now: skips_7d"
+    assert sum(line.endswith("the values that were scored") for line in lines) == 4
+    version = printed(trace_version(world.platform, 1))
+    assert lines[-len(version) :] == [f"└── {version[0]}", *(f"    {line}" for line in version[1:])]
+
+
+def test_a_prediction_of_a_month_that_is_gone_or_by_another_scorer(world: World) -> None:
+    gone = answer(world, uuid4(), features_as_of=JANUARY.shift(-1).as_of)
+    for one in trace_prediction(world.platform, gone.request_id).snapshots:
+        assert (one.month, one.revision, one.files, one.written_since) == ("2023-12", 0, {}, True)
+        assert set(one.changed) <= set(gone.features)
+        assert one.changed
+
+    other = answer(world, uuid4(), artifact_sha256="0" * 64)
+    registered = world.platform.ledger.version(1).artifact_sha256
+    assert trace_prediction(world.platform, other.request_id).broken == (
+        f"request {other.request_id} was answered by scorer {'0' * 64}; version 1 has {registered}",
+    )
+    with pytest.raises(UnknownPrediction):
+        trace_prediction(world.platform, str(UUID(int=0)))
+
+
+def test_the_command_traces_a_prediction(
+    world: World, answered: LoggedPrediction, streamflow: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, out, err = streamflow("trace", str(ANSWERED))
+    assert (code, err) == (0, "")
+    assert out.startswith(f"request {ANSWERED}  {answered.user_id} ")
+    code, out, err = streamflow("trace", str(ANSWERED), "--json")
+    told = json.loads(out)
+    assert (code, err, told["broken"]) == (0, "", [])
+    assert told["prediction"]["features"] == answered.features
+    assert told["prediction"]["answered_at"] == DECIDED.isoformat()
+    assert told["lineage"]["version"] == 1
+    assert told["snapshots"][0]["files"]["users"]["digest"] == world.first_files["users"]
+
+
+def test_the_command_replays(
+    world: World, answered: LoggedPrediction, streamflow: Callable[..., tuple[int, str, str]]
+) -> None:
+    answer(world, uuid4(), answered_at=CORRECTED)
+    code, out, err = streamflow("replay", str(ANSWERED))
+    assert (code, out, err) == (0, "1 replayed: 1 identical, 0 different, 0 not replayable\n", "")
+    code, out, err = streamflow("replay", str(ANSWERED), "--json")
+    same = {"probability": answered.probability, "decision": answered.decision}
+    told = {"request_id": str(ANSWERED), "identical": True, "logged": same, "replayed": same, "problem": None}
+    assert (code, json.loads(out), err) == (0, told, "")
+    code, out, err = streamflow("replay", "--all", "--since", CORRECTED.isoformat())
+    assert (code, out, err) == (0, "1 replayed: 1 identical, 0 different, 0 not replayable\n", "")
+
+    off = answer(world, uuid4(), probability=answered.probability / 2, answered_at=CORRECTED)
+    code, out, err = streamflow("replay", "--all", "--since", CORRECTED.isoformat())
+    assert (code, err) == (1, "1 of 2 predictions were not replayed identically\n")
+    assert out.splitlines() == [
+        "2 replayed: 1 identical, 1 different, 0 not replayable",
+        f"  {off.request_id}  logged {off.probability!r}, now {answered.probability!r}",
+    ]
+    code, out, err = streamflow("replay", "--all", "--json")
+    told = json.loads(out)
+    logged = sum(map(len, logged_predictions(world.platform.database)))
+    assert (code, told["count"], told["different"]) == (1, logged, 1)
+    assert off.request_id in [one["request_id"] for one in told["named"]]
+    code, out, err = streamflow("replay", "--all", "--since", "2999-01-01")
+    assert (code, err) == (1, "nothing was replayed: no prediction is logged since then\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), (str(ANSWERED), "--all"), (str(ANSWERED), "--since", "2024-01-01"), ("--since", "2024-01-01"), ("first",)],
+)
+def test_the_command_refuses_what_it_cannot_replay(
+    streamflow: Callable[..., tuple[int, str, str]], arguments: tuple[str, ...]
+) -> None:
+    code, out, err = streamflow("replay", *arguments)
+    assert (code, out) == (2, "")
+    assert "REQUEST_ID" in err
+
+
+def test_a_purged_scorer_is_named(world: World, answered: LoggedPrediction) -> None:
+    run_id = world.platform.ledger.version(1).run_id
+    (scorer,) = (world.platform.settings.home / "mlflow" / "artifacts").rglob(f"{run_id}/**/{Path(SCORER_PATH).name}")
+    with moved_away(scorer), pytest.raises(UnknownVersion, match="what version 1 answered cannot be replayed: "):
+        replay(world.platform, str(ANSWERED))
+
+
+# --- the last ------------------------------------------------------------------------------------------------------
 
 
 def test_a_version_that_was_deleted_in_mlflow_is_shown_and_broken(world: World) -> None:

@@ -808,6 +808,10 @@ VERSION = """
         {number}, 'run {number}', '2024-01-31', 'churn_v1', 0.5, 'scorer', 'sha', 'data', 'predictions',
         '{{}}', '{{}}', '2024-02-01')
 """
+PREDICTION = """
+    INSERT INTO predictions VALUES (
+        gen_random_uuid(), '2024-02-01', NULL, 'a', '2024-01-31', '{}', 0.4, 0.5, false, 1, 'run 1', 'sha')
+"""
 DECISION = """
     INSERT INTO promotion_ledger (at, action, version, by, reason, policy, override, gates)
     VALUES ('2024-02-01', 'promote', {number}, 'ada', 'first', 'manual', false, '[]')
@@ -816,11 +820,13 @@ DECISION = """
 
 @pytest.fixture(scope="module")
 def governed(new_database: Callable[[], Database]) -> Database:
-    """A database with one version and one decision, inserted by the platform's role."""
+    """A database with one version, one decision and one prediction, inserted by the platform's role."""
     database = new_database()
     migrate(database)
     execute(database, VERSION.format(number=1))
     execute(database, DECISION.format(number=1))
+    execute(database, "SELECT make_predictions_partition('2024-02-01')")
+    execute(database, PREDICTION)
     return database
 
 
@@ -829,12 +835,15 @@ def governance(database: Database) -> list[list[tuple[Any, ...]]]:
         return [connection.execute(f"SELECT * FROM {name}").fetchall() for name in warehouse.INSERT_ONLY]
 
 
+COLUMN = {"model_versions": "version", "promotion_ledger": "version", "predictions": "model_version"}
+"""A column of each append-only table that anybody might want to change."""
+
 ATTACKS = [
     *(
-        statement.format(table)
+        statement.format(table, column=COLUMN[table])
         for table in warehouse.INSERT_ONLY
         for statement in (
-            "UPDATE {} SET version = version",
+            "UPDATE {} SET {column} = {column}",
             "DELETE FROM {}",
             "TRUNCATE {} CASCADE",
             "ALTER TABLE {} DISABLE TRIGGER append_only",
@@ -846,7 +855,7 @@ ATTACKS = [
             "DROP TRIGGER append_only ON {}",
             "CREATE TRIGGER other BEFORE INSERT ON {} FOR EACH ROW EXECUTE FUNCTION refuse_change()",
             "CREATE RULE other AS ON INSERT TO {} DO INSTEAD NOTHING",
-            "GRANT UPDATE ON {0} TO CURRENT_USER; UPDATE {0} SET version = version",
+            "GRANT UPDATE ON {0} TO CURRENT_USER; UPDATE {0} SET {column} = {column}",
             "LOCK TABLE {} IN ACCESS EXCLUSIVE MODE",
         )
     ),
@@ -890,15 +899,15 @@ def test_the_platforms_role_is_nothing_special(governed: Database) -> None:
 def test_even_the_owner_only_appends(governed: Database) -> None:
     before = governance(governed)
     for table in warehouse.INSERT_ONLY:
-        for statement in ("UPDATE {} SET version = version", "DELETE FROM {}", "TRUNCATE {} CASCADE"):
+        for statement in ("UPDATE {} SET {column} = {column}", "DELETE FROM {}", "TRUNCATE {} CASCADE"):
             with pytest.raises(psycopg.errors.RaiseException, match=r"is append-only: (UPDATE|DELETE|TRUNCATE)"):
-                execute(governed, statement.format(table), owner=True)
+                execute(governed, statement.format(table, column=COLUMN[table]), owner=True)
     assert governance(governed) == before
 
 
 def test_the_platforms_role_appends_and_reads(governed: Database) -> None:
     execute(governed, VERSION.format(number=2))
     execute(governed, DECISION.format(number=2))
-    versions, decisions = governance(governed)
+    versions, decisions, _ = governance(governed)
     assert [row[0] for row in versions] == [1, 2]
     assert [row[3] for row in decisions] == [1, 2]
