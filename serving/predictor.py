@@ -1,11 +1,13 @@
 """Predictions: features fetched and scored together for whoever asks, by one model from beginning to end."""
 
+import time
 from collections.abc import Callable, Sequence
 from datetime import date, datetime
 
 import msgspec
 
 from serving.features import FeatureStore, FeatureValue, MissingFeatures, OnlineFeatures
+from serving.metrics import Metrics
 from serving.production import ProductionModel, ServedModel
 from serving.schemas import Features
 from streamflow.errors import StreamFlowError
@@ -39,10 +41,13 @@ class Scored(msgspec.Struct, frozen=True):
 class Predictor:
     """Reads features and scores them with the served model."""
 
-    def __init__(self, production: ProductionModel, store: FeatureStore, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self, production: ProductionModel, store: FeatureStore, clock: Callable[[], datetime], metrics: Metrics
+    ) -> None:
         self._production = production
         self._store = store
         self._clock = clock
+        self._metrics = metrics
 
     async def features(self, user_id: str) -> tuple[date, Features]:
         """A customer's features for the served model and the day they speak of; raises as `predict` does."""
@@ -65,12 +70,18 @@ class Predictor:
     async def predict_all(self, user_ids: Sequence[str]) -> list[Scored | StreamFlowError]:
         """Score each customer, or say why not, in the order asked for; raises NoModel or WarehouseUnavailable."""
         model = self._production.current()
+        asked = time.perf_counter()
         found = await self._store.read(model.query, user_ids)
+        read = time.perf_counter()
+        self._metrics.observe("features", read - asked)
         scores = iter(_score(model, [user.values for user in found if isinstance(user, OnlineFeatures)]))
+        self._metrics.observe("score", time.perf_counter() - read)
         now = self._clock()
-        return [
+        outcomes: list[Scored | StreamFlowError] = [
             user if isinstance(user, MissingFeatures) else _scored(model, user, next(scores), now) for user in found
         ]
+        self._metrics.answered(outcomes, now)
+        return outcomes
 
 
 def _score(model: ServedModel, rows: list[list[FeatureValue]]) -> list[float | UnscorableFeatures]:

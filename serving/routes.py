@@ -4,12 +4,14 @@ from typing import Annotated, Any
 
 from litestar import Request, get, post
 from litestar.di import NamedDependency
-from litestar.exceptions import ClientException, SerializationException
+from litestar.exceptions import ClientException, InternalServerException, SerializationException
 from litestar.params import JSONBody, Parameter, SkipValidation
 
+from serving.auth import Unauthorized
 from serving.features import IncompleteFeatures, UnknownUser
+from serving.metrics import CONTENT_TYPE, Metrics
 from serving.predictor import Predictor, Scored, UnscorableUser
-from serving.problems import NotReady, documented, new_request_id, problem, readiness_checks, request_id_of
+from serving.problems import NotReady, Overloaded, documented, new_request_id, problem, readiness_checks, request_id_of
 from serving.production import NoModel, ProductionModel, State
 from serving.schemas import (
     WHOLE_USER_ID,
@@ -29,11 +31,15 @@ from streamflow.errors import StreamFlowError, WarehouseUnavailable
 MAX_BODY = 64 * 1024
 MAX_BATCH_BODY = 128 * 1024
 
-UNAVAILABLE = (NoModel, WarehouseUnavailable)
+REFUSED = (Unauthorized, Overloaded)
+UNAVAILABLE = (*REFUSED, NoModel, WarehouseUnavailable)
+OPEN: list[dict[str, list[str]]] = [{}]
+"""What a route asks for that anybody may use, in OpenAPI."""
 BODY = (400, 413, 415)
 USER = (UnknownUser, IncompleteFeatures)
 
 ThePredictor = NamedDependency[SkipValidation[Predictor]]
+TheMetrics = NamedDependency[SkipValidation[Metrics]]
 TheProduction = NamedDependency[SkipValidation[ProductionModel]]
 
 
@@ -42,7 +48,11 @@ class JsonRequest(Request[Any, Any, Any]):
 
     async def body(self) -> bytes:
         """The bytes of the body; raises a ClientException with status 400 if there are none."""
-        if body := await super().body():
+        try:
+            body = await super().body()
+        except InternalServerException:
+            raise ClientException("the caller went away before the end of the body") from None
+        if body:
             return body
         raise ClientException("the body is empty")
 
@@ -90,7 +100,7 @@ async def features_of_user(
     return FeaturesOfUser(user_id, as_of, features)
 
 
-@get("/model", responses=documented(NoModel))
+@get("/model", responses=documented(*REFUSED, NoModel))
 async def model(production: TheProduction) -> Model:
     """The version that is served and since when; a Production version that is refused, and why."""
     served = production.current()
@@ -108,13 +118,13 @@ async def model(production: TheProduction) -> Model:
     )
 
 
-@get("/health")
+@get("/health", security=OPEN)
 async def health() -> Alive:
     """Whether the process answers."""
     return Alive("alive")
 
 
-@get("/ready", responses=documented(NotReady))
+@get("/ready", responses=documented(NotReady), security=OPEN)
 async def ready(production: TheProduction) -> Readiness:
     """Whether predictions can be answered: 200 ready or degraded, else 503; each check with its reason."""
     checks = production.checks()
@@ -123,6 +133,12 @@ async def ready(production: TheProduction) -> Readiness:
         raise NotReady(checks)
     status = State.DEGRADED if State.DEGRADED in states else State.READY
     return Readiness(status, readiness_checks(checks))
+
+
+@get("/metrics", media_type=CONTENT_TYPE, responses=documented(Unauthorized))
+async def metrics_page(metrics: TheMetrics) -> str:
+    """How the service does, for Prometheus."""
+    return metrics.page().decode()
 
 
 def _prediction(scored: Scored, request_id: str) -> Prediction:
@@ -148,4 +164,4 @@ def _outcome(outcome: Scored | StreamFlowError) -> Outcome:
     return _prediction(outcome, request_id)
 
 
-ROUTES = (predict, predict_batch, features_of_user, model, health, ready)
+ROUTES = (predict, predict_batch, features_of_user, model, health, ready, metrics_page)
