@@ -19,6 +19,7 @@ from prometheus_client import (
     Gauge,
     Histogram,
     ProcessCollector,
+    disable_created_metrics,
     generate_latest,
 )
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
@@ -35,6 +36,8 @@ CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 """Where the workers keep their numbers; prometheus_client looks once, when it is imported."""
 REFRESH_S = 1.0
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each, which several workers would lack
 
 STAGES = ("features", "score", "log")
 UNROUTED = "unrouted"
@@ -79,11 +82,9 @@ class Metrics:
         self.queue_depth = self._gauge("queue_depth", "Customers that wait to be scored.")
         self._shed = self._counter("requests_shed", "Requests refused because too many were in flight.")
         self._by_key = self._counter("key_requests", "Requests with an API key, by its owner.", "owner")
-        self._model = self._gauge(
-            "model_info", "1: the version that is served; 0: served before.", "livemax", "version"
-        )
-        self._loaded = self._gauge("model_loaded_age_seconds", "Time since the version was loaded.", "livemax")
-        self._promoted = self._gauge("model_promoted_age_seconds", "Time since the version was promoted.", "livemax")
+        self._model = self._gauge("model_info", "1: the version served; 0: one served before.", "livemax", "version")
+        self._loaded = self._gauge("model_loaded_age_seconds", "Since the version was loaded; 0: no model.", "livemax")
+        self._promoted = self._gauge("model_promoted_age_seconds", "Since its promotion; 0: no model.", "livemax")
         self._swaps = self._counter("model_swaps", "Attempts to take a Production version.", "result")
         self._scores = self._histogram("score", "Probabilities that were answered.", SCORES)
         self._ages = self._histogram("feature_age_days", "Age of the features behind an answer.", AGE_DAYS)

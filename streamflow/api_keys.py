@@ -14,6 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from streamflow.errors import ConfigurationError
+from streamflow.settings import Settings
 
 KEY_BYTES = 32
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -64,16 +65,24 @@ def make_key(file: Path, name: str) -> str:
     """
     if not NAME.fullmatch(name):
         raise ConfigurationError(f"{name!r} is no name for an API key; take up to 64 letters, digits and . _ -")
-    text = file.read_text(encoding="ascii") if file.exists() else ""
-    if name in _digests(file, text):
-        raise ConfigurationError(f"{name} has an API key in {file}; remove that line first to replace it")
     key = secrets.token_urlsafe(KEY_BYTES)
-    separator = "" if text.endswith("\n") or not text else "\n"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    with os.fdopen(descriptor, "w", encoding="ascii") as opened:
-        opened.write(f"{separator}{name}:{_digest(key)}\n")
+    try:
+        text = file.read_text(encoding="ascii") if file.exists() else ""
+        if name in _digests(file, text):
+            raise ConfigurationError(f"{name} has an API key in {file}; remove that line first to replace it")
+        separator = "" if text.endswith("\n") or not text else "\n"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as opened:
+            opened.write(f"{separator}{name}:{_digest(key)}\n")
+    except (OSError, UnicodeDecodeError) as failure:
+        raise ConfigurationError(f"the API keys {file} cannot be added to: {failure}") from failure
     return key
+
+
+def request_headers(settings: Settings) -> dict[str, str]:
+    """What a command of ours adds to its requests: the key that it was given, if any."""
+    return {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
 
 
 def _digest(key: str | bytes) -> str:
