@@ -12,7 +12,7 @@ from serving.artifacts import Artifacts
 from serving.auth import api_keys
 from serving.features import FeatureStore
 from serving.front import Front
-from serving.metrics import Metrics
+from serving.metrics import Metrics, workers_folder
 from serving.openapi import ClosedSchemas, ContractSchemas, openapi_config
 from serving.postgres import Postgres
 from serving.predictor import Predictor
@@ -41,7 +41,7 @@ def create_app(
     if not settings.database_url:
         raise ConfigurationError("the service needs a database; set STREAMFLOW_DATABASE_URL")
     keys = api_keys(settings)
-    metrics = Metrics(contract, clock)
+    metrics = Metrics(contract, clock, workers_folder(settings))
     request_log = RequestLog(answered=settings.access_log)
     postgres = Postgres(settings.database_url)
     store = FeatureStore(postgres)

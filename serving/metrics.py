@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 from prometheus_client import (
-    CONTENT_TYPE_PLAIN_0_0_4,
     CollectorRegistry,
     Counter,
     Gauge,
@@ -21,20 +20,21 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
     generate_latest,
+    values,
 )
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from serving.features import IncompleteFeatures
 from streamflow.contract import Contract
 from streamflow.errors import StreamFlowError
+from streamflow.settings import Settings
 
 if TYPE_CHECKING:
     from serving.predictor import Scored
     from serving.production import ProductionModel
 
-CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+CONTENT_TYPE = "text/plain; version=0.0.4"
 FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
-"""Where the workers keep their numbers; prometheus_client looks once, when it is imported."""
 REFRESH_S = 1.0
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each, which several workers would lack
@@ -61,11 +61,15 @@ class PredictionLog(Protocol):
 
 
 class Metrics:
-    """The metrics of one process; its context keeps the gauges fresh for the other workers to read."""
+    """The metrics of one process, or of one of several workers, who share ``folder``.
 
-    def __init__(self, contract: Contract, clock: Callable[[], datetime]) -> None:
+    As a context it keeps the gauges fresh for the other workers to read.
+    """
+
+    def __init__(self, contract: Contract, clock: Callable[[], datetime], folder: Path | None = None) -> None:
+        _keep_values_in(folder)
         self._clock = clock
-        self._folder = os.environ.get(FOLDER_VARIABLE)
+        self._folder = folder
         self._registry = CollectorRegistry()
         self._followed: list[Callable[[], None]] = []
         self._by_request: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
@@ -189,9 +193,9 @@ class Metrics:
         self._refresh()
         if self._folder is None:
             return generate_latest(self._registry)
-        _forget_the_dead(Path(self._folder))
+        _forget_the_dead(self._folder)
         every_worker = CollectorRegistry()
-        MultiProcessCollector(every_worker, self._folder)  # type: ignore[no-untyped-call]
+        MultiProcessCollector(every_worker, str(self._folder))  # type: ignore[no-untyped-call]
         return generate_latest(every_worker)
 
     def _refresh(self) -> None:
@@ -208,7 +212,7 @@ class Metrics:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._refreshing
             self._refresh()
-            mark_process_dead(os.getpid())  # type: ignore[no-untyped-call]
+            mark_process_dead(os.getpid(), str(self._folder))  # type: ignore[no-untyped-call]
 
     async def _keep_fresh(self) -> None:
         while True:
@@ -216,11 +220,25 @@ class Metrics:
             await asyncio.sleep(REFRESH_S)
 
 
+def workers_folder(settings: Settings) -> Path | None:
+    """Where several workers keep their numbers; None if there is one."""
+    return settings.home / "cache" / f"metrics-{settings.api_port}" if settings.workers > 1 else None
+
+
 def empty_folder(folder: Path) -> None:
     """Make the folder of the workers' numbers, without those of earlier workers."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.glob("*.db"):
         file.unlink()
+
+
+def _keep_values_in(folder: Path | None) -> None:
+    """Say to prometheus_client what it would else guess from a variable that any other program may have set."""
+    if folder:
+        os.environ[FOLDER_VARIABLE] = str(folder)
+        values.ValueClass = values.MultiProcessValue()  # type: ignore[no-untyped-call]
+    else:
+        values.ValueClass = values.MutexValue
 
 
 def _forget_the_dead(folder: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -14,7 +15,7 @@ from uvicorn.supervisors import Multiprocess
 
 from serving import logs
 from serving.app import create_app
-from serving.metrics import FOLDER_VARIABLE, empty_folder
+from serving.metrics import empty_folder, workers_folder
 from streamflow.settings import Settings
 
 DRAIN_S = 10
@@ -38,9 +39,9 @@ def serve(settings: Settings) -> int:
     Several workers are told their settings by the environment, which must be where these are from. Raises
     ConfigurationError.
     """
-    app = create_app(settings)
-    if settings.workers > 1:
-        return _serve_by_workers(settings)
+    app = create_app(settings.model_copy(update={"workers": 1}))
+    if folder := workers_folder(settings):
+        return _serve_by_workers(settings, folder)
     server = uvicorn.Server(_config(app, settings))
     server.run()
     return 0 if server.started else 1
@@ -63,7 +64,7 @@ def _config(app: Litestar | str, settings: Settings, **options: Any) -> ServerCo
     )
 
 
-def _serve_by_workers(settings: Settings) -> int:
+def _serve_by_workers(settings: Settings, folder: Path) -> int:
     config = _config(
         "serving.server:worker_app",
         settings,
@@ -72,9 +73,7 @@ def _serve_by_workers(settings: Settings) -> int:
         timeout_worker_healthcheck=SILENCE_S,
     )
     sockets = [config.bind_socket()]
-    folder = settings.home / "cache" / f"metrics-{settings.api_port}"
     empty_folder(folder)
-    os.environ[FOLDER_VARIABLE] = str(folder)
     workers = Multiprocess(config, sockets)
     workers.run()
     return 1 if any(process.exitcode == STARTUP_FAILURE for process in workers.processes) else 0
