@@ -177,6 +177,8 @@ def test_workers_that_are_killed_are_replaced_and_end_with_their_parent(
         workers = [psutil.Process(pid) for pid in _in_flight(client)]
     two_workers.kill()
     _, left = psutil.wait_procs(workers, timeout=20)
+    for orphan in left:
+        orphan.kill()
     assert left == [], "workers without a parent keep the port"
     with socket.create_server(("127.0.0.1", port)):
         pass
