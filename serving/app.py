@@ -9,13 +9,17 @@ from litestar import Litestar
 from litestar.di import Provide
 
 from serving.artifacts import Artifacts
+from serving.auth import api_keys
 from serving.features import FeatureStore
+from serving.front import Front
+from serving.metrics import Metrics, workers_folder
 from serving.openapi import ClosedSchemas, ContractSchemas, openapi_config
 from serving.postgres import Postgres
 from serving.prediction_log import PredictionLog
 from serving.predictor import Freshness, Predictor
-from serving.problems import add_request_id, respond
+from serving.problems import respond
 from serving.production import ProductionModel
+from serving.request_log import RequestLog
 from serving.routes import MAX_BODY, ROUTES, JsonRequest
 from streamflow.contract import CONTRACT, Contract
 from streamflow.errors import ConfigurationError
@@ -32,39 +36,51 @@ def create_app(
 ) -> Litestar:
     """The service for these settings; it connects when it starts up.
 
-    Raises ConfigurationError without a ``database_url``.
+    Raises ConfigurationError without a ``database_url``, for API keys that cannot be used, and for a host beyond
+    loopback without API keys.
     """
     if not settings.database_url:
         raise ConfigurationError("the service needs a database; set STREAMFLOW_DATABASE_URL")
+    keys = api_keys(settings)
+    metrics = Metrics(contract, clock, workers_folder(settings))
+    request_log = RequestLog(answered=settings.access_log)
     postgres = Postgres(settings.database_url)
     store = FeatureStore(postgres)
     artifacts = Artifacts(settings.mlflow_uri, settings.home / "cache" / "models")
-    production = ProductionModel(postgres, store, artifacts, clock)
+    production = ProductionModel(postgres, store, artifacts, clock, metrics)
     freshness = Freshness(settings.max_feature_age_days, refuse=settings.stale_features == "refuse")
-    predictor = Predictor(production, store, freshness, clock)
+    predictor = Predictor(production, store, freshness, clock, metrics)
     predictions = PredictionLog(settings.database_url, settings.home / "cache" / "predictions")
 
     @asynccontextmanager
     async def running(_: Litestar) -> AsyncIterator[None]:
-        async with postgres, artifacts, production, predictions:
+        async with metrics, postgres, artifacts, production, predictions:
             yield
+        request_log.close()
 
     def shared(value: Any) -> Provide:
         return Provide(lambda: value, sync_to_thread=False)
 
-    return Litestar(
+    app = Litestar(
         route_handlers=ROUTES,
         lifespan=[running],
         dependencies={
             "predictor": shared(predictor),
             "production": shared(production),
             "predictions": shared(predictions),
+            "metrics": shared(metrics),
         },
         exception_handlers={Exception: respond},
-        before_send=[add_request_id],
         request_class=JsonRequest,
         request_max_body_size=MAX_BODY,
         plugins=[ContractSchemas(contract), ClosedSchemas()],
-        openapi_config=openapi_config(),
+        openapi_config=openapi_config(with_keys=keys is not None),
         logging_config=None,
     )
+    front = Front(app.asgi_handler, keys, metrics, request_log, settings.max_in_flight)
+    metrics.follow(metrics.in_flight, lambda: front.in_flight)
+    metrics.follow(metrics.queue_depth, lambda: predictor.waiting)
+    metrics.follow_model(production)
+    metrics.follow_log(predictions)
+    app.asgi_handler = front
+    return app

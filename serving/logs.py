@@ -29,6 +29,7 @@ class JsonLines(logging.Formatter):
             "at": datetime.fromtimestamp(record.created, UTC),
             "level": record.levelname.lower(),
             "logger": record.name,
+            "pid": record.process,
             "event": record.getMessage(),
             **getattr(record, "fields", {}),
         }
@@ -38,9 +39,9 @@ class JsonLines(logging.Formatter):
 
 
 def configure() -> None:
-    """Log to stderr from now on; the pool's own chatter is left out."""
+    """Log to stderr from now on; what readiness tells in one line is left out of what the libraries tell."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    for chatty in ("httpx", "psycopg.pool"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("psycopg.pool").setLevel(logging.ERROR)

@@ -11,10 +11,11 @@ from litestar._openapi.schema_generation.plugins.struct import StructSchemaPlugi
 from litestar.exceptions import NotFoundException
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import OpenAPIRenderPlugin
-from litestar.openapi.spec import OpenAPIType, Schema
+from litestar.openapi.spec import Components, OpenAPIType, Schema
 from litestar.plugins import OpenAPISchemaPlugin
 from litestar.typing import FieldDefinition
 
+from serving.auth import EITHER, SECURITY_SCHEMES
 from serving.schemas import Features, Outcome, Prediction, Problem
 from streamflow.contract import Column, Contract, FeatureService
 
@@ -26,8 +27,8 @@ TYPES = {
 }
 
 
-def openapi_config() -> OpenAPIConfig:
-    """Where the description is served: the page at /schema, JSON at /schema/openapi.json."""
+def openapi_config(*, with_keys: bool) -> OpenAPIConfig:
+    """Where the description is served: the page at /schema, JSON at /schema/openapi.json; says if keys are on."""
     return OpenAPIConfig(
         title="StreamFlow",
         version="1",
@@ -37,6 +38,8 @@ def openapi_config() -> OpenAPIConfig:
             "/schema", route_handlers=[], include_in_schema=False, after_request=_refuse_unknown_page
         ),
         render_plugins=[OfflinePage(path="/")],
+        components=SECURITY_SCHEMES if with_keys else Components(),
+        security=EITHER if with_keys else None,
     )
 
 

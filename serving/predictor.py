@@ -1,6 +1,7 @@
 """Predictions: features fetched and scored together for whoever asks, by one model from beginning to end."""
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -8,6 +9,7 @@ from datetime import date, datetime
 import msgspec
 
 from serving.features import FeatureStore, FeatureValue, MissingFeatures, OnlineFeatures
+from serving.metrics import Metrics
 from serving.production import ProductionModel, ServedModel
 from serving.schemas import Features
 from streamflow.errors import StreamFlowError
@@ -79,12 +81,18 @@ class Predictor:
     """
 
     def __init__(
-        self, production: ProductionModel, store: FeatureStore, freshness: Freshness, clock: Callable[[], datetime]
+        self,
+        production: ProductionModel,
+        store: FeatureStore,
+        freshness: Freshness,
+        clock: Callable[[], datetime],
+        metrics: Metrics,
     ) -> None:
         self._production = production
         self._store = store
         self._freshness = freshness
         self._clock = clock
+        self._metrics = metrics
         self._waiting: list[tuple[str, asyncio.Future[Outcome]]] = []
         self._answering: asyncio.Task[None] | None = None
 
@@ -137,14 +145,20 @@ class Predictor:
     async def predict_all(self, user_ids: Sequence[str]) -> list[Outcome]:
         """Score each customer, or say why not, in the order asked for; raises NoModel or WarehouseUnavailable."""
         model = self._production.current()
+        started = time.perf_counter()
         found = await self._store.read(model.query, user_ids)
+        read = time.perf_counter()
         rows = [user.values for user in found if isinstance(user, OnlineFeatures)]
         scores = iter(_score(model, rows) if len(rows) <= IN_PLACE else await asyncio.to_thread(_score, model, rows))
+        self._metrics.observe("features", read - started)
+        self._metrics.observe("score", time.perf_counter() - read)
         now = self._clock()
-        return [
+        outcomes = [
             user if isinstance(user, MissingFeatures) else self._outcome(model, user, next(scores), now)
             for user in found
         ]
+        self._metrics.answered(outcomes, now)
+        return outcomes
 
     def _outcome(self, model: ServedModel, user: OnlineFeatures, examined: Examined, now: datetime) -> Outcome:
         if isinstance(examined, UnscorableFeatures):

@@ -1,21 +1,20 @@
 """Errors on the wire: the one table from exception to problem details (RFC 9457), for every error there is."""
 
-import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 from uuid import uuid4
 
+import msgspec
 from litestar import Request, Response
 from litestar.exceptions import HTTPException
 from litestar.openapi.datastructures import ResponseSpec
-from litestar.types import Message, Scope
+from litestar.types import Scope, Send
 from msgspec import UNSET
 
+from serving.auth import CHALLENGE, Unauthorized
 from serving.features import IncompleteFeatures, MissingFeatures, UnknownUser
-from serving.logs import log, with_cause
 from serving.prediction_log import PredictionLogFull
 from serving.predictor import StaleFeatures, UnscorableUser
 from serving.production import Check, NoModel, State
@@ -23,9 +22,6 @@ from serving.schemas import Problem, ReadinessCheck
 from streamflow.errors import StreamFlowError, WarehouseUnavailable
 
 MEDIA_TYPE = "application/problem+json"
-REQUEST_ID_HEADER = b"x-request-id"
-CALLER_REQUEST_ID_HEADER = b"x-caller-request-id"
-CALLER_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 FIELDS = {"data": "body"}
 """What callers know as another name than Litestar."""
 
@@ -40,14 +36,22 @@ class NotReady(StreamFlowError):
         self.checks = checks
 
 
+class Overloaded(StreamFlowError):
+    """More requests are in flight than the service takes."""
+
+    def __init__(self) -> None:
+        super().__init__("the service is answering as many requests as it can; ask again")
+
+
 @dataclass(frozen=True)
 class Kind:
-    """One type of problem: its status, the end of its ``type``, its title and when to ask again."""
+    """One type of problem: its status, the end of its ``type``, its title, when to ask again, how to prove who asks."""
 
     status: HTTPStatus
     name: str
     title: str
     retry_after_s: int | None = None
+    challenge: str | None = None
 
     @property
     def type(self) -> str:
@@ -66,6 +70,10 @@ KINDS: dict[type[Exception] | int, Kind] = {
     ),
     PredictionLogFull: Kind(HTTPStatus.SERVICE_UNAVAILABLE, "prediction-log-full", "The prediction log is full", 2),
     NotReady: Kind(HTTPStatus.SERVICE_UNAVAILABLE, "not-ready", "Not ready", 2),
+    Overloaded: Kind(HTTPStatus.SERVICE_UNAVAILABLE, "overloaded", "Overloaded", 1),
+    Unauthorized: Kind(
+        HTTPStatus.UNAUTHORIZED, "unauthorized", "Missing or wrong API key, where keys are on", challenge=CHALLENGE
+    ),
     400: Kind(HTTPStatus.BAD_REQUEST, "malformed-request", "Malformed request"),
     404: Kind(HTTPStatus.NOT_FOUND, "not-found", "Nothing is here"),
     405: Kind(HTTPStatus.METHOD_NOT_ALLOWED, "method-not-allowed", "Method not allowed"),
@@ -114,17 +122,31 @@ def readiness_checks(checks: Sequence[Check]) -> list[ReadinessCheck]:
 
 
 def respond(request: Request[Any, Any, Any], failure: Exception) -> Response[Problem]:
-    """Answer any exception with problem details, and log it if the fault is ours."""
-    request_id = request_id_of(request.scope)
+    """Answer any exception with problem details; the request log finds it in the request's state."""
+    request.scope["state"]["failure"] = failure
     kind = kind_of(failure)
-    if kind is KINDS[500]:
-        log(logging.ERROR, "request_failed", request_id=request_id, path=request.scope["path"], failure=failure)
-    elif isinstance(failure, WarehouseUnavailable):
-        log(logging.WARNING, "request_unanswered", request_id=request_id, reason=with_cause(failure))
+    body = problem(failure, request_id_of(request.scope))
+    return Response(body, status_code=kind.status, media_type=MEDIA_TYPE, headers=_headers(failure, kind))
+
+
+async def refuse(scope: Scope, send: Send, failure: StreamFlowError) -> None:
+    """Answer a request with problem details before it reaches the framework."""
+    scope["state"]["failure"] = failure
+    kind = kind_of(failure)
+    body = msgspec.json.encode(problem(failure, request_id_of(scope)))
+    headers = {"Content-Type": MEDIA_TYPE, "Content-Length": str(len(body)), **_headers(failure, kind)}
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": kind.status, "headers": raw})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _headers(failure: Exception, kind: Kind) -> dict[str, str]:
     headers = dict(failure.headers or {}) if isinstance(failure, HTTPException) else {}
     if kind.retry_after_s:
         headers["Retry-After"] = str(kind.retry_after_s)
-    return Response(problem(failure, request_id), status_code=kind.status, media_type=MEDIA_TYPE, headers=headers)
+    if kind.challenge:
+        headers["WWW-Authenticate"] = kind.challenge
+    return headers
 
 
 def request_id_of(scope: Scope) -> str:
@@ -135,24 +157,9 @@ def request_id_of(scope: Scope) -> str:
     return str(state["request_id"])
 
 
-def caller_request_id_of(scope: Scope) -> str | None:
-    """The caller's own id of the request, if it is well-formed."""
-    given = dict(scope["headers"]).get(REQUEST_ID_HEADER, b"")
-    return given.decode() if CALLER_REQUEST_ID.fullmatch(given) else None
-
-
 def new_request_id() -> str:
     """A unique id."""
     return str(uuid4())
-
-
-async def add_request_id(message: Message, scope: Scope) -> None:
-    """Put the request's id into the header of its answer, and a well-formed one of the caller's beside it."""
-    if message["type"] == "http.response.start":
-        headers = [*message["headers"], (REQUEST_ID_HEADER, request_id_of(scope).encode())]
-        if callers := caller_request_id_of(scope):
-            headers.append((CALLER_REQUEST_ID_HEADER, callers.encode()))
-        message["headers"] = headers
 
 
 def documented(*causes: type[Exception] | int) -> dict[int, ResponseSpec]:

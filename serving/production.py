@@ -16,6 +16,7 @@ from typing import Self
 from serving.artifacts import Artifacts
 from serving.features import FeatureQuery, FeatureStore
 from serving.logs import log, with_cause
+from serving.metrics import Metrics
 from serving.postgres import Postgres, QueryRefused
 from streamflow.errors import ArtifactRefused, RegistryUnavailable, StreamFlowError, WarehouseUnavailable
 from streamflow.scoring import Scorer, self_test
@@ -107,12 +108,18 @@ class ProductionModel:
     """
 
     def __init__(
-        self, postgres: Postgres, store: FeatureStore, artifacts: Artifacts, clock: Callable[[], datetime]
+        self,
+        postgres: Postgres,
+        store: FeatureStore,
+        artifacts: Artifacts,
+        clock: Callable[[], datetime],
+        metrics: Metrics,
     ) -> None:
         self._postgres = postgres
         self._store = store
         self._artifacts = artifacts
         self._clock = clock
+        self._metrics = metrics
         self._served: ServedModel | None = None
         self._why_none = NOT_CHECKED
         self._store_check = Check("feature_store", State.UNAVAILABLE, NOT_CHECKED)
@@ -197,6 +204,7 @@ class ProductionModel:
         except (RegistryUnavailable, QueryRefused) as failure:
             self._refuse(production, failure, retry_s=POLL_S)
         else:
+            self._metrics.swap()
             log(logging.INFO, "model_served", version=production.version, artifact_sha256=production.artifact_sha256)
 
     async def _load(self, production: Production) -> ServedModel:
@@ -210,6 +218,7 @@ class ProductionModel:
     def _refuse(self, production: Production, failure: StreamFlowError, *, retry_s: float) -> None:
         if self.refusal is None or (self.refusal.production, self.refusal.reason) != (production, str(failure)):
             log(logging.ERROR, "model_refused", version=production.version, reason=with_cause(failure))
+        self._metrics.swap(failure)
         self.refusal = Refusal(production, str(failure), time.monotonic() + retry_s)
         self._why_none = f"version {production.version} is in Production but cannot be served: {failure}"
 

@@ -4,21 +4,15 @@ from typing import Annotated, Any
 
 from litestar import Request, get, post
 from litestar.di import NamedDependency
-from litestar.exceptions import ClientException, SerializationException
+from litestar.exceptions import ClientException, InternalServerException, SerializationException
 from litestar.params import JSONBody, Parameter, SkipValidation
 
+from serving.auth import Unauthorized
 from serving.features import IncompleteFeatures, UnknownUser
+from serving.metrics import CONTENT_TYPE, Metrics
 from serving.prediction_log import PredictionLog, PredictionLogFull, logged
 from serving.predictor import Predictor, Scored, StaleFeatures, UnscorableUser
-from serving.problems import (
-    NotReady,
-    caller_request_id_of,
-    documented,
-    new_request_id,
-    problem,
-    readiness_checks,
-    request_id_of,
-)
+from serving.problems import NotReady, Overloaded, documented, new_request_id, problem, readiness_checks, request_id_of
 from serving.production import NoModel, ProductionModel, State
 from serving.schemas import (
     WHOLE_USER_ID,
@@ -38,12 +32,16 @@ from streamflow.errors import StreamFlowError, WarehouseUnavailable
 MAX_BODY = 64 * 1024
 MAX_BATCH_BODY = 128 * 1024
 
-UNAVAILABLE = (NoModel, WarehouseUnavailable)
+REFUSED = (Unauthorized, Overloaded)
+UNAVAILABLE = (*REFUSED, NoModel, WarehouseUnavailable)
+OPEN: list[dict[str, list[str]]] = [{}]
+"""What a route asks for that anybody may use, in OpenAPI."""
 BODY = (400, 413, 415)
 USER = (UnknownUser, IncompleteFeatures)
 
 ThePredictor = NamedDependency[SkipValidation[Predictor]]
 ThePredictions = NamedDependency[SkipValidation[PredictionLog]]
+TheMetrics = NamedDependency[SkipValidation[Metrics]]
 TheProduction = NamedDependency[SkipValidation[ProductionModel]]
 
 
@@ -52,7 +50,11 @@ class JsonRequest(Request[Any, Any, Any]):
 
     async def body(self) -> bytes:
         """The bytes of the body; raises a ClientException with status 400 if there are none."""
-        if body := await super().body():
+        try:
+            body = await super().body()
+        except InternalServerException:
+            raise ClientException("the caller went away before the end of the body") from None
+        if body:
             return body
         raise ClientException("the body is empty")
 
@@ -78,7 +80,7 @@ async def predict(
     """Score one customer with the Production model and the features of the feature store."""
     scored = await predictor.predict(data.user_id)
     request_id = request_id_of(request.scope)
-    predictions.record(logged(scored, request_id, caller_request_id_of(request.scope)))
+    predictions.record(logged(scored, request_id, request.scope["state"]["caller_request_id"]))
     return _prediction(scored, request_id)
 
 
@@ -93,7 +95,7 @@ async def predict_batch(
 ) -> BatchAnswer:
     """Score up to 1,000 customers: a prediction or a problem for each, in order, each with its own request_id."""
     outcomes = [(new_request_id(), outcome) for outcome in await predictor.predict_all(data.user_ids)]
-    callers = caller_request_id_of(request.scope)
+    callers = request.scope["state"]["caller_request_id"]
     predictions.record(*(logged(outcome, own, callers) for own, outcome in outcomes if isinstance(outcome, Scored)))
     return BatchAnswer([_outcome(outcome, own) for own, outcome in outcomes])
 
@@ -108,7 +110,7 @@ async def features_of_user(
     return FeaturesOfUser(user_id, as_of, features)
 
 
-@get("/model", responses=documented(NoModel))
+@get("/model", responses=documented(*REFUSED, NoModel))
 async def model(production: TheProduction) -> Model:
     """The version that is served and since when; a Production version that is refused, and why."""
     served = production.current()
@@ -126,13 +128,13 @@ async def model(production: TheProduction) -> Model:
     )
 
 
-@get("/health")
+@get("/health", security=OPEN)
 async def health() -> Alive:
     """Whether the process answers."""
     return Alive("alive")
 
 
-@get("/ready", responses=documented(NotReady))
+@get("/ready", responses=documented(NotReady), security=OPEN)
 async def ready(production: TheProduction) -> Readiness:
     """Whether predictions can be answered: 200 ready or degraded, else 503; each check with its reason."""
     checks = production.checks()
@@ -141,6 +143,12 @@ async def ready(production: TheProduction) -> Readiness:
         raise NotReady(checks)
     status = State.DEGRADED if State.DEGRADED in states else State.READY
     return Readiness(status, readiness_checks(checks))
+
+
+@get("/metrics", media_type=CONTENT_TYPE, responses=documented(Unauthorized))
+async def metrics_page(metrics: TheMetrics) -> str:
+    """How the service does, for Prometheus."""
+    return metrics.page().decode()
 
 
 def _prediction(scored: Scored, request_id: str) -> Prediction:
@@ -167,4 +175,4 @@ def _outcome(outcome: Scored | StreamFlowError, request_id: str) -> Outcome:
     return _prediction(outcome, request_id)
 
 
-ROUTES = (predict, predict_batch, features_of_user, model, health, ready)
+ROUTES = (predict, predict_batch, features_of_user, model, health, ready, metrics_page)

@@ -72,7 +72,7 @@ def now() -> datetime:
 
 
 @contextmanager
-def connected() -> Iterator["Platform"]:
+def connected(**overrides: Any) -> Iterator["Platform"]:
     """The platform of the environment; its embedded PostgreSQL runs at least as long as the block."""
     import psycopg
 
@@ -80,7 +80,7 @@ def connected() -> Iterator["Platform"]:
     from streamflow.embedded import postgres
     from streamflow.pipeline import Platform
 
-    settings = Settings.load()
+    settings = Settings.load(**overrides)
     with postgres(settings) as database:
         with database.connect():
             pass  # a database that is away is said here, and not deep in a library that tries again and again
@@ -617,9 +617,18 @@ def predict(user_id: str, json_: AsJson = False) -> None:
     """Ask the running service for one customer's prediction."""
     import httpx
 
-    address = _api(Settings.load())
+    from streamflow.api_keys import request_headers
+
+    settings = Settings.load()
+    address = _api(settings)
     try:
-        response = httpx.post(f"{address}/predict", json={"user_id": user_id}, timeout=10, trust_env=False)
+        response = httpx.post(
+            f"{address}/predict",
+            json={"user_id": user_id},
+            headers=request_headers(settings),
+            timeout=10,
+            trust_env=False,
+        )
     except httpx.HTTPError as failure:
         raise StreamFlowError(f"no service answers at {address} ({failure}); start `streamflow up`") from failure
     if "json" not in response.headers.get("content-type", ""):
@@ -732,9 +741,30 @@ def env() -> None:
 
 
 @app.command()
-def serve() -> None:
+def serve(
+    workers: Annotated[int | None, typer.Option(min=1, max=64, help="Processes; STREAMFLOW_WORKERS, or 1.")] = None,
+) -> None:
     """Run the prediction service alone."""
-    _replace_by("api")
+    _replace_by("api", **({"workers": workers} if workers else {}))
+
+
+@app.command()
+def key(
+    name: Annotated[str, typer.Argument(help="Who will use it.")],
+    json_: AsJson = False,
+) -> None:
+    """Make an API key, add its hash to STREAMFLOW_API_KEYS_FILE and print it, this once."""
+    from streamflow.api_keys import make_key
+
+    file = Settings.load().api_keys_file
+    if file is None:
+        raise ConfigurationError("set STREAMFLOW_API_KEYS_FILE to the file that is to hold the hashes of API keys")
+    secret = make_key(file, name)
+    if json_:
+        as_json({"name": name, "key": secret, "file": str(file)})
+        return
+    err.print(f"The API key of {name}, which is not shown again; the service takes it from its next start:")
+    out.print(secret, markup=False)
 
 
 @app.command()
@@ -747,10 +777,10 @@ def service(name: Annotated[str, typer.Argument(help="mlflow, code, webserver, d
     _replace_by(name)
 
 
-def _replace_by(name: str) -> None:
+def _replace_by(name: str, **overrides: Any) -> None:
     from streamflow import stack
 
-    with connected() as platform:
+    with connected(**overrides) as platform:
         command = stack.command(name, platform.settings, platform.database)
         # A shell ignores it for what runs in the background, and Dagster's code server stops its child by it.
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -31,6 +31,9 @@ class Settings(BaseSettings):
     mode of ``policy_file``; ``training_file`` says how models are chosen and fitted.
     ``prediction_retention_months`` is how many whole months of the prediction log are kept besides the current one;
     all, if not given.
+    ``api_keys_file`` is what `streamflow key` writes; with it the prediction service answers to those keys only, and
+    ``api_key`` is the one that commands show it. ``workers`` is the service's number of processes; beyond
+    ``max_in_flight`` requests in one of them it refuses more. ``access_log`` has it log answered requests too.
     """
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
@@ -52,11 +55,18 @@ class Settings(BaseSettings):
     policy_file: Path = PROJECT_ROOT / "policy.toml"
     training_file: Path = PROJECT_ROOT / "training.toml"
     prediction_retention_months: Annotated[int, Field(ge=1)] | None = None
+    api_keys_file: Path | None = None
+    api_key: str | None = None
+    workers: Annotated[int, Field(ge=1, le=64)] = 1
+    max_in_flight: Annotated[int, Field(ge=1)] = 512
+    access_log: bool = False
     actor: str = Field(default_factory=getpass.getuser, min_length=1)
 
-    @field_validator("home", "policy_file", "training_file", mode="before")
+    @field_validator("home", "policy_file", "training_file", "api_keys_file", mode="before")
     @classmethod
-    def _absolute(cls, path: str | Path) -> Path:
+    def _absolute(cls, path: str | Path | None) -> Path | None:
+        if path is None:
+            return None
         if path == "":
             raise ValueError("is empty; name a path, or unset the variable for the default")
         return Path(path).expanduser().absolute()

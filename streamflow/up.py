@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from streamflow import embedded, stack
+from streamflow.api_keys import request_headers
 from streamflow.contract import USER_ID
 from streamflow.database import Database
 from streamflow.errors import StreamFlowError
@@ -141,7 +142,13 @@ class _Job:
         zone, users = self.platform.landing, self.platform.contract.tables[0].name
         for month in reversed(zone.months()):
             for user_id in zone.read(month, users)[USER_ID][:TRIED_USERS].to_pylist():
-                answer = httpx.post(f"{api}/predict", json={USER_ID: user_id}, timeout=10, trust_env=False)
+                answer = httpx.post(
+                    f"{api}/predict",
+                    json={USER_ID: user_id},
+                    headers=request_headers(self.settings),
+                    timeout=10,
+                    trust_env=False,
+                )
                 if answer.is_success:
                     return user_id, answer
         return user_id, answer

@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from streamflow import cli
+from streamflow.api_keys import ApiKeys
 from streamflow.contract import CONTRACT
 from streamflow.database import Database
 from streamflow.embedded import wait_until_ready
@@ -527,12 +528,17 @@ def test_migrate_goes_on_without_mlflow(
 # --- the service --------------------------------------------------------------------------------------------------
 
 
+AUTHORIZATIONS: list[str | None] = []
+"""What `answering` was shown, in order."""
+
+
 @contextmanager
 def answering(code: int, content_type: str, body: str) -> Iterator[int]:
     """A server on a port of this machine that gives one answer to everything."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
+            AUTHORIZATIONS.append(self.headers["authorization"])
             self.rfile.read(int(self.headers["content-length"]))
             self.send_response(code)
             self.send_header("content-type", content_type)
@@ -607,16 +613,46 @@ def test_a_service_ends_with_the_command_that_runs_it(world: World) -> None:
         port = free.getsockname()[1]
     environment = {**os.environ, **world.environment, "STREAMFLOW_API_PORT": str(port)}
     with subprocess.Popen(
-        [sys.executable, "-m", "streamflow", "serve"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", "streamflow", "serve", "--workers", "2"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     ) as process:
         try:
             wait_until_ready(f"http://127.0.0.1:{port}/health", "the API", 30)
             (service,) = psutil.Process(process.pid).children()
             assert service.environ().get("STREAMFLOW_OWNER_DATABASE_URL") == ""
+            assert service.environ().get("STREAMFLOW_WORKERS") == "2"
         finally:
             process.send_signal(signal.SIGTERM)
-        process.wait(20)
+        assert process.wait(20) == 0
         assert not service.is_running()
+
+
+def test_a_key_is_printed_once_and_kept_as_its_hash(
+    here: Streamflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_refused(here("key", "ada"), "set STREAMFLOW_API_KEYS_FILE")
+    file = tmp_path / "api_keys"
+    monkeypatch.setenv("STREAMFLOW_API_KEYS_FILE", str(file))
+    done, as_json = here("key", "ada"), here("key", "ben", "--json")
+    assert done.code == 0
+    assert done.err.startswith("The API key of ada, which is not shown again")
+    keys = ApiKeys.load(file)
+    assert keys.owner(done.out.removesuffix("\n")) == "ada"
+    answer = json.loads(as_json.out)
+    assert keys.owner(answer.pop("key")) == "ben"
+    assert answer == {"name": "ben", "file": str(file)}
+    assert_refused(here("key", "ada"), "remove that line first")
+
+
+def test_predict_shows_its_key(here: Streamflow, monkeypatch: pytest.MonkeyPatch) -> None:
+    with answering(200, "application/json", json.dumps(ANSWER)) as port:
+        monkeypatch.setenv("STREAMFLOW_API_PORT", str(port))
+        here("predict", "a1")
+        monkeypatch.setenv("STREAMFLOW_API_KEY", "secret")
+        here("predict", "a1")
+    assert AUTHORIZATIONS[-2:] == [None, "Bearer secret"]
 
 
 # --- the environment ----------------------------------------------------------------------------------------------

@@ -209,6 +209,12 @@ class TestFiles:
         assert assigned == dict.fromkeys(PASSWORDS, "")
         assert set(re.findall(r"\$\{(\w+):\?", COMPOSE)) == set(PASSWORDS)
 
+    def test_keys_of_the_api_outlive_its_container(self):
+        service = SERVICES["api"]
+        folder = str(Path(service.environment["STREAMFLOW_API_KEYS_FILE"]).parent)
+        assert folder in [volume.partition(":")[2] for volume in service.volumes]
+        assert f"{folder}\n" in DOCKERFILE, "the image's user must own it"
+
     def test_image_holds_neither_state_nor_secrets(self):
         assert {".git", ".venv", "var", "docker", "tests", "data"}.isdisjoint(image_files())
 
@@ -238,6 +244,7 @@ class Containers:
     folder: Path
     ports: Mapping[str, str]
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    keys: list[str] = field(default_factory=list)
 
     @property
     def app(self) -> Path:
@@ -262,11 +269,11 @@ class Containers:
             **{variable: self.here(name, LOOPBACK if value in HOSTS else value) for variable, value in told.items()},
         }
 
-    def run(self, name: str, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-        """What `docker compose exec` does."""
+    def run(self, name: str, command: Sequence[str], **further: str) -> subprocess.CompletedProcess[str]:
+        """What `docker compose exec` does, and `run`."""
         return subprocess.run(
             [self.here(name, part) for part in command],
-            env=self.environment(name),
+            env={**self.environment(name), **further},
             cwd=self.app,
             capture_output=True,
             text=True,
@@ -281,6 +288,9 @@ class Containers:
     def up(self) -> None:
         """Start each service when those that it depends on are as it wants them."""
         shutil.copytree(PROJECT_ROOT, self.app, ignore=not_in_the_image)
+        for name in SERVICES:
+            self._mount(name)
+        self._make_key()
         order = TopologicalSorter({name: service.depends_on for name, service in SERVICES.items()})
         order.prepare()
         while order.is_active():
@@ -291,15 +301,23 @@ class Containers:
                 self._wait(name)
                 order.done(name)
 
-    def _start(self, name: str) -> None:
-        service = SERVICES[name]
-        for volume in service.volumes:
+    def _mount(self, name: str) -> None:
+        for volume in SERVICES[name].volumes:
             source, target, *_ = volume.split(":")
             if not source.startswith("."):
                 mounted = self.folder / name / target.removeprefix("/")
                 mounted.parent.mkdir(parents=True, exist_ok=True)
                 (self.folder / "volumes" / source).mkdir(parents=True, exist_ok=True)
                 mounted.symlink_to(self.folder / "volumes" / source)
+
+    def _make_key(self) -> None:
+        """What docker/README.md tells to do before the first start."""
+        done = self.run("api", ["streamflow", "key", "tests"])
+        assert done.returncode == 0, done.stderr
+        self.keys.append(done.stdout.strip())
+
+    def _start(self, name: str) -> None:
+        service = SERVICES[name]
         assert service.healthcheck is None or not self.healthy(name), f"{name} counts as healthy before it runs"
         command = self._initialised_postgres() if name == "postgres" else service.command
         with self.log(name).open("wb") as log:
@@ -481,11 +499,19 @@ class TestServices:
             assert done.returncode == 0, done.stdout + done.stderr
         embedded.wait_until_ready(containers.url(PORTS["STREAMFLOW_API_PORT"], "/ready"), "the API", PATIENCE_S)
         user_id = (month / "users.csv").read_text().splitlines()[1].split(",")[0]
-        done = containers.run("api", ["streamflow", "predict", user_id, "--json"])
+        refused = containers.run("api", ["streamflow", "predict", user_id])
+        assert (refused.returncode, "(401)" in refused.stderr) == (1, True), refused.stderr
+        (key,) = containers.keys
+        done = containers.run("api", ["streamflow", "predict", user_id, "--json"], STREAMFLOW_API_KEY=key)
         assert done.returncode == 0, done.stderr
         prediction = json.loads(done.stdout)
         assert prediction["user_id"] == user_id
         assert prediction["model_version"] == 1
+
+    def test_api_does_not_start_without_a_key(self, containers: Containers):
+        done = containers.run("api", SERVICES["api"].command, STREAMFLOW_API_KEYS_FILE=str(containers.folder / "none"))
+        assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+        assert "streamflow key NAME" in done.stderr
 
     @pytest.mark.parametrize("name", ["postgres", *stack.SERVICES])
     def test_service_stays_up(self, containers: Containers, name: str):

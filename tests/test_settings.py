@@ -24,6 +24,11 @@ ANY_SETTINGS = st.builds(
     code_port=PORT,
     policy=st.sampled_from([None, "manual", "auto"]),
     actor=TEXT,
+    api_keys_file=st.none() | TEXT.map(lambda name: Path("/", name.replace("~", "-"))),
+    api_key=st.none() | TEXT,
+    workers=st.integers(1, 64),
+    max_in_flight=st.integers(1, 10_000),
+    access_log=st.booleans(),
 )
 
 
@@ -33,6 +38,7 @@ def test_what_is_not_set_has_a_default_on_loopback() -> None:
     assert settings.database_url is None
     assert (settings.host, settings.code_host) == ("127.0.0.1", "127.0.0.1")
     assert (settings.api_port, settings.dagster_port, settings.mlflow_port) == (8000, 3000, 5000)
+    assert (settings.api_keys_file, settings.workers, settings.max_in_flight) == (None, 1, 512)
     assert settings.policy is None
     assert settings.policy_file == PROJECT_ROOT / "policy.toml"
     assert settings.policy_file.exists()
@@ -73,6 +79,10 @@ def test_paths_do_not_depend_on_where_a_process_goes_later(monkeypatch: pytest.M
         ("MLFLOW_PORT", ""),
         ("HOME", ""),
         ("POLICY", "whatever"),
+        ("API_KEYS_FILE", ""),
+        ("WORKERS", "0"),
+        ("MAX_IN_FLIGHT", "0"),
+        ("ACCESS_LOG", "often"),
         ("ACTOR", ""),
     ],
 )

@@ -1,11 +1,13 @@
 """The service under test, with all that it depends on: PostgreSQL, a small MLflow over HTTP, compiled models."""
 
+import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, date, datetime
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import numpy as np
 import pandas as pd
 import psycopg
 import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
 from psycopg import sql
 from psycopg.types.json import Jsonb
 
@@ -264,6 +267,47 @@ def running(settings: Settings) -> Iterator[httpx.Client]:
     finally:
         server.should_exit = True
         thread.join(10)
+
+
+class HalfRequest:
+    """A prediction asked for whose body has not ended: in flight until it is finished."""
+
+    def __init__(self, port: int, headers: Mapping[str, str] | None = None, user_id: str = KNOWN) -> None:
+        body = json.dumps({"user_id": user_id}).encode()
+        self._rest = body[5:]
+        self.connection = HTTPConnection("127.0.0.1", port, timeout=30)
+        self.connection.putrequest("POST", "/predict")
+        for name, value in {"Content-Type": "application/json", "Content-Length": len(body), **(headers or {})}.items():
+            self.connection.putheader(name, str(value))
+        self.connection.endheaders()
+        self.connection.send(body[:5])
+
+    def finish(self) -> int:
+        """Send the rest; returns the status of the answer."""
+        self.connection.send(self._rest)
+        answer = self.connection.getresponse()
+        answer.read()
+        self.connection.close()
+        return answer.status
+
+
+Metrics = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def metrics_of(api: httpx.Client) -> Metrics:
+    """The service's metrics: each value by its name and labels."""
+    answer = api.get("/metrics")
+    assert answer.status_code == 200, answer.text
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+def metric(metrics: Metrics, name: str, **labels: str) -> float:
+    """One value; KeyError if there is none."""
+    return metrics[f"streamflow_{name}", frozenset(labels.items())]
 
 
 def predict(api: httpx.Client, user_id: str = KNOWN) -> httpx.Response:

@@ -247,7 +247,7 @@ def test_the_description_says_what_a_body_may_be(shared_settings: Settings) -> N
 
 def test_the_description_names_every_problem_of_predict(shared_settings: Settings) -> None:
     responses = _openapi(shared_settings, CONTRACT)["paths"]["/predict"]["post"]["responses"]
-    assert set(responses) == {"200", "400", "404", "413", "415", "422", "503"}
+    assert set(responses) == {"200", "400", "401", "404", "413", "415", "422", "503"}
     assert all("application/problem+json" in responses[status]["content"] for status in responses if status != "200")
 
 

@@ -7,10 +7,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
 
 import httpx
+import psutil
 import pytest
-from serving_world import KNOWN, Platform, eventually
+from serving_world import KNOWN, HalfRequest, Platform, eventually, metric, metrics_of
 
 from streamflow.settings import PROJECT_ROOT, Settings
 
@@ -84,18 +87,114 @@ def test_the_process_serves_picks_up_a_promotion_and_stops_cleanly(
         eventually(lambda: client.get("/model").json()["version"] == 2, within_s=5)
     process.send_signal(signal.SIGTERM)
     _, log = process.communicate(timeout=15)
-    assert process.returncode in (0, -signal.SIGTERM)
-    events = [json.loads(line) for line in log.decode().splitlines()]
+    assert process.returncode == 0
+    events = _events(log)
     assert [event["version"] for event in events if event["event"] == "model_served"] == [1, 2]
     assert not [event for event in events if event["level"] in ("warning", "error")]
 
 
+def _events(log: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.decode().splitlines()]
+
+
+@pytest.fixture
+def two_workers(
+    platform: Platform, settings: Settings, artifacts: tuple[bytes, bytes], port: int
+) -> Iterator[subprocess.Popen[bytes]]:
+    platform.promote(1, artifacts[0])
+    environment = _environment(settings.model_copy(update={"api_port": port, "workers": 2}))
+    with subprocess.Popen(
+        [sys.executable, "-m", "serving"], env=environment, cwd=PROJECT_ROOT, stderr=subprocess.PIPE
+    ) as process:
+        left = [process.pid]
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+                eventually(lambda: len(_in_flight(client)) == 2, within_s=60)
+                left += _in_flight(client)
+                eventually(lambda: all(_answers(client, "/ready") for _ in range(5)), within_s=30)
+            yield process
+        finally:
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def _in_flight(client: httpx.Client) -> dict[int, float]:
+    """The requests in flight of each worker, by its pid."""
+    if not _answers(client, "/metrics"):
+        return {}
+    return {
+        int(dict(labels)["pid"]): value
+        for (name, labels), value in metrics_of(client).items()
+        if name == "streamflow_requests_in_flight"
+    }
+
+
+def _predictions(client: httpx.Client) -> float:
+    return metric(metrics_of(client), "requests_total", route="/predict", status="200")
+
+
+def test_two_workers_share_the_work_and_finish_it_before_they_stop(
+    two_workers: subprocess.Popen[bytes], port: int
+) -> None:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        assert client.post("/predict", json={"user_id": KNOWN}).status_code == 200
+        half: list[HalfRequest] = []
+
+        def both_are_busy() -> bool:
+            half.append(HalfRequest(port))
+            return all(_in_flight(client).values())
+
+        eventually(both_are_busy, within_s=30)
+        eventually(lambda: sum(_in_flight(client).values()) >= len(half))
+        pids = set(_in_flight(client))
+        assert _predictions(client) == 1
+    two_workers.send_signal(signal.SIGTERM)
+    lines: list[bytes] = []
+    assert two_workers.stderr
+    while sum(b'"Shutting down"' in line for line in lines) < 2:
+        lines.append(two_workers.stderr.readline())
+    assert [request.finish() for request in half] == [200] * len(half)
+    _, rest = two_workers.communicate(timeout=30)
+    assert two_workers.returncode == 0
+    events = _events(b"".join(lines) + rest)
+    assert {event["pid"] for event in events if event["event"].startswith("Finished server process")} == pids
+    assert not [event for event in events if event["level"] in ("warning", "error")]
+
+
+def test_workers_that_are_killed_are_replaced_and_end_with_their_parent(
+    two_workers: subprocess.Popen[bytes], port: int
+) -> None:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        for _ in range(10):
+            assert client.post("/predict", json={"user_id": KNOWN}).status_code == 200
+        before = set(_in_flight(client))
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        eventually(lambda: len(set(_in_flight(client)) - before) == 2, within_s=60)
+        assert not set(_in_flight(client)) & before
+        assert _predictions(client) == 10
+        workers = [psutil.Process(pid) for pid in _in_flight(client)]
+    two_workers.kill()
+    _, left = psutil.wait_procs(workers, timeout=20)
+    for orphan in left:
+        orphan.kill()
+    assert left == [], "workers without a parent keep the port"
+    with socket.create_server(("127.0.0.1", port)):
+        pass
+
+
+WRONG = (
+    ({"STREAMFLOW_DATABASE_URL": ""}, "STREAMFLOW_DATABASE_URL"),
+    ({"STREAMFLOW_API_PORT": "x"}, "STREAMFLOW_API_PORT"),
+    ({"STREAMFLOW_HOST": "192.0.2.1"}, "STREAMFLOW_API_KEYS_FILE"),
+    ({"STREAMFLOW_API_KEYS_FILE": "/nowhere/api_keys", "STREAMFLOW_WORKERS": "2"}, "/nowhere/api_keys"),
+)
+
+
 def test_wrong_settings_are_one_line(shared_settings: Settings) -> None:
     environment = _environment(shared_settings)
-    for changes, says in (
-        ({"STREAMFLOW_DATABASE_URL": ""}, "STREAMFLOW_DATABASE_URL"),
-        ({"STREAMFLOW_API_PORT": "x"}, "STREAMFLOW_API_PORT"),
-    ):
+    for changes, says in WRONG:
         command = [sys.executable, "-m", "serving"]
         done = subprocess.run(
             command, env={**environment, **changes}, cwd=PROJECT_ROOT, capture_output=True, timeout=60
