@@ -3,7 +3,6 @@
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from typing import Any
 
 from litestar import Litestar
 from litestar.di import Provide
@@ -20,7 +19,7 @@ from serving.predictor import Freshness, Predictor
 from serving.problems import respond
 from serving.production import ProductionModel
 from serving.request_log import RequestLog
-from serving.routes import MAX_BODY, ROUTES, JsonRequest
+from serving.routes import MAX_BODY, ROUTES, JsonRequest, Service
 from streamflow.contract import CONTRACT, Contract
 from streamflow.errors import ConfigurationError
 from streamflow.settings import Settings
@@ -52,24 +51,18 @@ def create_app(
     predictor = Predictor(production, store, freshness, clock, metrics)
     predictions = PredictionLog(settings.database_url, settings.home / "cache" / "predictions")
 
+    service = Service(predictor, predictions, production, metrics)
+
     @asynccontextmanager
     async def running(_: Litestar) -> AsyncIterator[None]:
         async with metrics, postgres, artifacts, production, predictions:
             yield
         request_log.close()
 
-    def shared(value: Any) -> Provide:
-        return Provide(lambda: value, sync_to_thread=False)
-
     app = Litestar(
         route_handlers=ROUTES,
         lifespan=[running],
-        dependencies={
-            "predictor": shared(predictor),
-            "production": shared(production),
-            "predictions": shared(predictions),
-            "metrics": shared(metrics),
-        },
+        dependencies={"service": Provide(lambda: service, sync_to_thread=False)},
         exception_handlers={Exception: respond},
         request_class=JsonRequest,
         request_max_body_size=MAX_BODY,

@@ -1,11 +1,15 @@
 """The routes: each unpacks a request, calls one thing and packs the answer."""
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from litestar import Request, get, post
+import msgspec
+from litestar import MediaType, Request, get, post
 from litestar.di import NamedDependency
 from litestar.exceptions import ClientException, InternalServerException, SerializationException
+from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody, Parameter, SkipValidation
+from litestar.response.base import ASGIResponse
 
 from serving.auth import Unauthorized
 from serving.features import IncompleteFeatures, UnknownUser
@@ -39,10 +43,20 @@ OPEN: list[dict[str, list[str]]] = [{}]
 BODY = (400, 413, 415)
 USER = (UnknownUser, IncompleteFeatures)
 
-ThePredictor = NamedDependency[SkipValidation[Predictor]]
-ThePredictions = NamedDependency[SkipValidation[PredictionLog]]
-TheMetrics = NamedDependency[SkipValidation[Metrics]]
-TheProduction = NamedDependency[SkipValidation[ProductionModel]]
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the routes call; one dependency, because Litestar starts tasks to provide several."""
+
+    predictor: Predictor
+    predictions: PredictionLog
+    production: ProductionModel
+    metrics: Metrics
+
+
+TheService = NamedDependency[SkipValidation[Service]]
 
 
 class JsonRequest(Request[Any, Any, Any]):
@@ -72,16 +86,17 @@ class JsonRequest(Request[Any, Any, Any]):
     "/predict",
     status_code=200,
     request_max_body_size=MAX_BODY,
-    responses=documented(*BODY, *USER, UnscorableUser, StaleFeatures, *UNAVAILABLE, PredictionLogFull),
+    responses={
+        200: ResponseSpec(Prediction, description="The prediction and everything it came from."),
+        **documented(*BODY, *USER, UnscorableUser, StaleFeatures, *UNAVAILABLE, PredictionLogFull),
+    },
 )
-async def predict(
-    data: JSONBody[PredictRequest], request: JsonRequest, predictor: ThePredictor, predictions: ThePredictions
-) -> Prediction:
+async def predict(data: JSONBody[PredictRequest], request: JsonRequest, service: TheService) -> ASGIResponse:
     """Score one customer with the Production model and the features of the feature store."""
-    scored = await predictor.predict(data.user_id)
+    scored = await service.predictor.predict(data.user_id)
     request_id = request_id_of(request.scope)
-    predictions.record(logged(scored, request_id, request.scope["state"]["caller_request_id"]))
-    return _prediction(scored, request_id)
+    service.predictions.record(logged(scored, request_id, request.scope["state"]["caller_request_id"]))
+    return ASGIResponse(body=_encode(_prediction(scored, request_id)), media_type=MediaType.JSON)
 
 
 @post(
@@ -90,31 +105,31 @@ async def predict(
     request_max_body_size=MAX_BATCH_BODY,
     responses=documented(*BODY, *UNAVAILABLE, PredictionLogFull),
 )
-async def predict_batch(
-    data: JSONBody[BatchRequest], request: JsonRequest, predictor: ThePredictor, predictions: ThePredictions
-) -> BatchAnswer:
+async def predict_batch(data: JSONBody[BatchRequest], request: JsonRequest, service: TheService) -> BatchAnswer:
     """Score up to 1,000 customers: a prediction or a problem for each, in order, each with its own request_id."""
-    outcomes = [(new_request_id(), outcome) for outcome in await predictor.predict_all(data.user_ids)]
+    outcomes = [(new_request_id(), outcome) for outcome in await service.predictor.predict_all(data.user_ids)]
     callers = request.scope["state"]["caller_request_id"]
-    predictions.record(*(logged(outcome, own, callers) for own, outcome in outcomes if isinstance(outcome, Scored)))
+    service.predictions.record(
+        *(logged(outcome, own, callers) for own, outcome in outcomes if isinstance(outcome, Scored))
+    )
     return BatchAnswer([_outcome(outcome, own) for own, outcome in outcomes])
 
 
 @get("/features/{user_id:str}", responses=documented(400, *USER, *UNAVAILABLE))
 async def features_of_user(
     user_id: Annotated[str, Parameter(pattern=WHOLE_USER_ID, description="The customer.")],
-    predictor: ThePredictor,
+    service: TheService,
 ) -> FeaturesOfUser:
     """The features that a prediction for this customer would use."""
-    as_of, features = await predictor.features(user_id)
+    as_of, features = await service.predictor.features(user_id)
     return FeaturesOfUser(user_id, as_of, features)
 
 
 @get("/model", responses=documented(*REFUSED, NoModel))
-async def model(production: TheProduction) -> Model:
+async def model(service: TheService) -> Model:
     """The version that is served and since when; a Production version that is refused, and why."""
-    served = production.current()
-    version, refusal = served.production, production.refusal
+    served = service.production.current()
+    version, refusal = served.production, service.production.refusal
     return Model(
         version=version.version,
         run_id=version.run_id,
@@ -135,9 +150,9 @@ async def health() -> Alive:
 
 
 @get("/ready", responses=documented(NotReady), security=OPEN)
-async def ready(production: TheProduction) -> Readiness:
+async def ready(service: TheService) -> Readiness:
     """Whether predictions can be answered: 200 ready or degraded, else 503; each check with its reason."""
-    checks = production.checks()
+    checks = service.production.checks()
     states = {check.state for check in checks}
     if State.UNAVAILABLE in states:
         raise NotReady(checks)
@@ -146,9 +161,9 @@ async def ready(production: TheProduction) -> Readiness:
 
 
 @get("/metrics", media_type=CONTENT_TYPE, responses=documented(Unauthorized))
-async def metrics_page(metrics: TheMetrics) -> str:
+async def metrics_page(service: TheService) -> str:
     """How the service does, for Prometheus."""
-    return metrics.page().decode()
+    return service.metrics.page().decode()
 
 
 def _prediction(scored: Scored, request_id: str) -> Prediction:
