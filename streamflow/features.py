@@ -4,8 +4,6 @@ Builds Feast's objects from the contract, applies them, publishes months to the 
 point-in-time features for training. The serving process reads the online tables itself and never comes here.
 """
 
-import contextlib
-import io
 import json
 import string
 from dataclasses import replace
@@ -167,17 +165,35 @@ def publish(
             "SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", (f"{SCHEMA} publishes {view.name}",)
         )
         snapshot = month_write(connection, view.snapshot, month)
-        with contextlib.redirect_stdout(io.StringIO()):
-            store.materialize(month.event_time - INSTANT, month.event_time, feature_views=[view.name])
-        published = replace(
-            snapshot,
-            relation=view.name,
-            sources={snapshot.relation: snapshot.as_source},
-            written_at=now,
-        )
+        _merge(connection, view, month)
         _withdraw(connection, view, month)
+        published = replace(
+            snapshot, relation=view.name, sources={snapshot.relation: snapshot.as_source}, written_at=now
+        )
         record(connection, published)
+    store.registry.apply_materialization(
+        store.get_feature_view(view.name), store.project, month.event_time - INSTANT, month.event_time
+    )
     return published
+
+
+def _merge(connection: psycopg.Connection[Any], view: FeatureView, month: Month) -> None:
+    """Bring the month's snapshot into the online table of the same database, without its rows leaving the server."""
+    _feast()
+    from streamflow.online_store import merge
+
+    times = [EVENT_TIMESTAMP, "created_timestamp"]
+    values = [column.name for column in view.columns]
+    source = sql.SQL("SELECT {}, {}::timestamptz AS {}, NULL::timestamptz AS {}, {} FROM {} WHERE {} = {}").format(
+        sql.Identifier(USER_ID),
+        sql.Literal(month.event_time),
+        *map(sql.Identifier, times),
+        sql.SQL(", ").join(map(sql.Identifier, values)),
+        sql.Identifier(SCHEMA, view.snapshot),
+        sql.Identifier(AS_OF),
+        sql.Literal(month.as_of),
+    )
+    merge(connection, sql.Identifier(ONLINE, view.name), [USER_ID], [USER_ID, *times, *values], source)
 
 
 def _withdraw(connection: psycopg.Connection[Any], view: FeatureView, month: Month) -> None:

@@ -181,6 +181,13 @@ def test_what_was_published_is_recorded(clean: Database, store: Any) -> None:
     assert (published.rows, published.facts["missing"]) == (2, 1)
 
 
+def test_feast_is_told_what_was_published(clean: Database, store: Any) -> None:
+    land(clean, FEBRUARY, ["a"], tables=PROFILE_TABLES)
+    publish(clean, store, FEBRUARY)
+    _, until = store.get_feature_view(PROFILE.name).materialization_intervals[-1]
+    assert until == FEBRUARY.event_time
+
+
 def test_a_month_without_a_snapshot_cannot_be_published(clean: Database, store: Any) -> None:
     land(clean, JANUARY, ["a"], tables=PROFILE_TABLES)
     publish(clean, store, JANUARY)
@@ -296,11 +303,13 @@ def test_a_publication_that_broke_off_is_made_up_for(
     empty(database)
     for event in (Event(JANUARY), Event(FEBRUARY, mistaken=True), Event(MARCH)):
         event.happen(database, store)
+    before = online(database)
     for step in ("_withdraw", "record"):
         with monkeypatch.context() as patch:
             patch.setattr(features, step, lambda *_: 1 // 0)
             with pytest.raises(ZeroDivisionError):
                 Event(FEBRUARY).happen(database, store)
+        assert online(database) == before
     with database.connect() as connection:
         assert month_write(connection, PROFILE.name, FEBRUARY).revision == 22
     publish(database, store, FEBRUARY)
@@ -317,14 +326,15 @@ def test_a_correction_and_an_older_month_at_the_same_time(
     land(database, JANUARY, FINAL[JANUARY], seed=10, lacking={"subscriptions": ["b"]}, tables=PROFILE_TABLES)
     other = features.feature_store(database)
     merged, corrected = threading.Event(), threading.Event()
-    materialize = store.materialize
+    merge = features._merge
 
-    def half_way(*arguments: Any, **options: Any) -> None:
-        materialize(*arguments, **options)
-        merged.set()
-        corrected.wait(0.5)
+    def half_way(*arguments: Any) -> None:
+        merge(*arguments)
+        if arguments[-1] == JANUARY:
+            merged.set()
+            corrected.wait(0.5)
 
-    monkeypatch.setattr(store, "materialize", half_way)
+    monkeypatch.setattr(features, "_merge", half_way)
 
     def correct() -> None:
         assert merged.wait(10)
