@@ -9,7 +9,7 @@ from litestar import Litestar
 from litestar.di import Provide
 
 from serving.artifacts import Artifacts
-from serving.features import FeatureStore
+from serving.features import FeatureStore, PostgresFeatureStore
 from serving.openapi import ClosedSchemas, ContractSchemas, openapi_config
 from serving.postgres import Postgres
 from serving.predictor import Predictor
@@ -36,7 +36,7 @@ def create_app(
     if not settings.database_url:
         raise ConfigurationError("the service needs a database; set STREAMFLOW_DATABASE_URL")
     postgres = Postgres(settings.database_url)
-    store = FeatureStore(postgres)
+    store = _feature_store(settings, postgres)
     artifacts = Artifacts(settings.mlflow_uri, settings.home / "cache" / "models")
     production = ProductionModel(postgres, store, artifacts, clock)
     predictor = Predictor(production, store, clock)
@@ -61,3 +61,11 @@ def create_app(
         openapi_config=openapi_config(),
         logging_config=None,
     )
+
+
+def _feature_store(settings: Settings, postgres: Postgres) -> FeatureStore:
+    if not settings.online_redis_url:
+        return PostgresFeatureStore(postgres)
+    from serving.feast_features import FeastFeatureStore
+
+    return FeastFeatureStore(str(settings.database_url), settings.online_redis_url)

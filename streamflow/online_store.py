@@ -170,6 +170,11 @@ def merge(
     return connection.execute(statement).rowcount
 
 
+def value_fields(table: FeatureView) -> dict[str, str]:
+    """For each feature of a view the field of Feast's ``Value`` that holds it."""
+    return {name: kind.value for name, kind in _types(table.features).items()}
+
+
 def _identifier(config: RepoConfig, table: FeatureView) -> sql.Identifier:
     return sql.Identifier(config.online_store.db_schema, table.name)
 
