@@ -31,8 +31,8 @@ def connection_string(url: str) -> str:
     parts = urlsplit(url)
     options = {
         "db": int(parts.path.strip("/") or 0),
-        "username": parts.username and unquote(parts.username),
-        "password": parts.password and unquote(parts.password),
+        "username": unquote(parts.username or "") or None,
+        "password": unquote(parts.password or "") or None,
         "ssl": parts.scheme == "rediss",
         "socket_timeout": TIMEOUT_S,
         "socket_connect_timeout": TIMEOUT_S,
