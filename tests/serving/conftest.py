@@ -16,12 +16,18 @@ from streamflow.database import Database
 from streamflow.settings import Settings
 
 QUICK_POLL_S = 0.2
+ALSO_READ_FEATURES = (
+    "test_json_with_a_charset_is_json",
+    "test_every_answer_has_its_own_request_id",
+    "test_no_id_makes_predict_fail",
+    "test_no_id_makes_features_fail",
+)
+"""Those of test_serving_http."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    module = metafunc.module.__name__
-    asks = module == "test_serving_predict" or (module == "test_serving_http" and "shared_api" in metafunc.fixturenames)
-    if asks and "profile" in metafunc.fixturenames:
+    reads = metafunc.module.__name__ == "test_serving_predict" or metafunc.function.__name__ in ALSO_READ_FEATURES
+    if reads and "profile" in metafunc.fixturenames:
         metafunc.parametrize("profile", ["postgres", "redis"], indirect=True, scope="session")
 
 

@@ -33,6 +33,7 @@ from test_features import exactly, land, land_files
 from serving.feast_features import FeastFeatureStore
 from serving.features import FeatureQuery, FeatureStore, PostgresFeatureStore, UnknownUser
 from serving.postgres import Postgres
+from serving.schemas import MAX_BATCH
 from streamflow import features
 from streamflow.contract import CONTRACT, FeatureService
 from streamflow.database import Database
@@ -71,12 +72,13 @@ class Published:
         return features.feature_store(self.database, self.redis_url)
 
     async def read(self, query: FeatureQuery, users: list[str]) -> list[Any]:
-        """As the service reads."""
+        """As the service reads, which asks for no more at once than a batch holds."""
         async with Postgres(self.database.url) as postgres:
             store: FeatureStore = PostgresFeatureStore(postgres)
             if self.redis_url:
                 store = FeastFeatureStore(self.database.url, self.redis_url)
-            return await store.read(query, users)
+            batches = [users[at : at + MAX_BATCH] for at in range(0, len(users), MAX_BATCH)]
+            return [one for batch in batches for one in await store.read(query, batch)]
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +105,8 @@ def published(month: tuple[Database, list[str]], request: pytest.FixtureRequest)
 @pytest.mark.parametrize("name", ["churn_v1", "churn_v2"])
 def test_every_user_of_a_month_is_read_as_feast_answers(published: Published, name: str) -> None:
     service, users = CONTRACT.service(name), published.users
-    answer = published.feast.get_online_features(
-        published.feast.get_feature_service(name), {"user_id": users}
-    ).to_dict()
+    feast = published.feast
+    answer = feast.get_online_features(feast.get_feature_service(name), {"user_id": users}).to_dict()
     read = asyncio.run(published.read(query_of(service), users))
     assert len(read) == len(users) >= 7_000
     assert [(one.user_id, one.as_of) for one in read] == [(user, JANUARY.as_of) for user in users]
