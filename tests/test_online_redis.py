@@ -237,14 +237,18 @@ def test_what_is_published_elsewhere_does_not_count_here(
     assert features.is_published(publish(database, tables, JANUARY), "postgres")
     land(database, FEBRUARY, ["a", "b"], seed=2, tables=PROFILE_TABLES)
     publish(database, elsewhere, FEBRUARY)
+    assert set(in_redis(elsewhere)) == {"a", "b"}
     february = land(database, FEBRUARY, ["b"], seed=3, tables=PROFILE_TABLES)["subscriptions"]
     written = publish(database, elsewhere, FEBRUARY)
     assert features.is_published(written, "redis")
     assert not features.is_published(written, "postgres")
     assert in_redis(elsewhere) == of_month(february, FEBRUARY)
-    publish(database, tables, FEBRUARY)
+    land(database, FEBRUARY, ["a", "b"], seed=5, tables=PROFILE_TABLES)
+    for users in (["a", "b"], ["b"]):
+        march = land(database, MARCH, users, seed=4, tables=PROFILE_TABLES)["subscriptions"]
+        publish(database, tables, MARCH)
     january = of_month(random_rows(SUBSCRIPTIONS, ["a", "b"], 1), JANUARY)
-    assert online(database) == {"a": january["a"]} | of_month(february, FEBRUARY)
+    assert online(database) == {"a": january["a"]} | of_month(march, MARCH)
 
 
 def test_a_service_is_offline_until_all_its_views_are_held(clean: Database, store: Any) -> None:
