@@ -9,7 +9,7 @@ from litestar.di import Provide
 
 from serving.artifacts import Artifacts
 from serving.auth import api_keys
-from serving.features import FeatureStore
+from serving.features import FeatureStore, PostgresFeatureStore
 from serving.front import Front
 from serving.metrics import Metrics, workers_folder
 from serving.openapi import ClosedSchemas, ContractSchemas, openapi_config
@@ -44,7 +44,7 @@ def create_app(
     metrics = Metrics(contract, clock, workers_folder(settings))
     request_log = RequestLog(answered=settings.access_log)
     postgres = Postgres(settings.database_url)
-    store = FeatureStore(postgres)
+    store = _feature_store(settings, postgres)
     artifacts = Artifacts(settings.mlflow_uri, settings.home / "cache" / "models")
     production = ProductionModel(postgres, store, artifacts, clock, metrics)
     freshness = Freshness(settings.max_feature_age_days, refuse=settings.stale_features == "refuse")
@@ -77,3 +77,11 @@ def create_app(
     metrics.follow_log(predictions)
     app.asgi_handler = front
     return app
+
+
+def _feature_store(settings: Settings, postgres: Postgres) -> FeatureStore:
+    if not settings.online_redis_url:
+        return PostgresFeatureStore(postgres)
+    from serving.feast_features import FeastFeatureStore
+
+    return FeastFeatureStore(str(settings.database_url), settings.online_redis_url)

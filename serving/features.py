@@ -1,11 +1,13 @@
 """The online features: what the served model's feature views hold for a list of customers, in one round trip.
 
-Reads the wide tables of the online store. Computes and replaces nothing: a feature that is not there is an error.
+Reads the wide tables of PostgreSQL; feast_features.py reads Redis, through Feast. Computes and replaces nothing: a
+feature that is not there is an error.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
+from typing import Protocol
 
 import msgspec
 from psycopg import sql
@@ -38,10 +40,11 @@ class IncompleteFeatures(MissingFeatures):
 
 @dataclass(frozen=True)
 class FeatureQuery:
-    """The features of one model in its order, and the statement that reads them for an array of user ids."""
+    """The features of one model in its order, the statement that reads them for an array of user ids, Feast's names."""
 
     names: tuple[str, ...]
     statement: str
+    references: tuple[str, ...]
 
     @classmethod
     def of(cls, features: Sequence[ScorerFeature]) -> "FeatureQuery":
@@ -63,7 +66,11 @@ class FeatureQuery:
                 for view in views
             ),
         )
-        return cls(tuple(feature.name for feature in features), statement.as_string(None))
+        return cls(
+            tuple(feature.name for feature in features),
+            statement.as_string(None),
+            tuple(f"{feature.view}:{feature.name}" for feature in features),
+        )
 
 
 class OnlineFeatures(msgspec.Struct, frozen=True):
@@ -74,27 +81,40 @@ class OnlineFeatures(msgspec.Struct, frozen=True):
     values: list[FeatureValue]
 
 
-class FeatureStore:
-    """The online store, as the service reads it."""
+class FeatureStore(Protocol):
+    """The online store, as the service reads it; ``answers`` says that it does."""
+
+    answers: str
+
+    async def read(self, query: FeatureQuery, user_ids: Sequence[str]) -> list[OnlineFeatures | MissingFeatures]:
+        """The features of each customer, or why there are none, in the order asked for.
+
+        Raises WarehouseUnavailable, or its QueryRefused when the store lacks what the query names; also for no
+        customer.
+        """
+
+
+class PostgresFeatureStore(FeatureStore):
+    """The wide tables."""
+
+    answers = "PostgreSQL answers"
 
     def __init__(self, postgres: Postgres) -> None:
         self._postgres = postgres
 
     async def read(self, query: FeatureQuery, user_ids: Sequence[str]) -> list[OnlineFeatures | MissingFeatures]:
-        """The features of each customer, or why there are none, in the order asked for.
-
-        Raises WarehouseUnavailable.
-        """
+        """As `FeatureStore.read`."""
         rows = await self._postgres.fetch(query.statement, list(user_ids))
         return [
-            _online_features(query.names, user_id, as_of, values)
+            online_features(query.names, user_id, as_of, values)
             for user_id, (as_of, *values) in zip(user_ids, rows, strict=True)
         ]
 
 
-def _online_features(
+def online_features(
     names: tuple[str, ...], user_id: str, as_of: date | None, values: list[FeatureValue]
 ) -> OnlineFeatures | MissingFeatures:
+    """What was read of one customer, or what is missing; without ``as_of`` no view knows them."""
     if as_of is None:
         return UnknownUser(f"the feature store does not know user {user_id}", names)
     if None in values:

@@ -179,7 +179,7 @@ class ProductionModel:
             self._store_check = _announced(self._store_check, check, failure)
             self._why_none = f"which version is in Production cannot be read: {failure}"
         else:
-            self._store_check = _announced(self._store_check, Check("feature_store", State.READY, "PostgreSQL answers"))
+            self._store_check = _announced(self._store_check, Check("feature_store", State.READY, self._store.answers))
 
     async def _follow_ledger(self) -> None:
         rows = await self._postgres.fetch(NEWEST_DECISION)

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from streamflow import embedded
+from streamflow import embedded, online_redis
 from streamflow.contract import SCHEMA
 from streamflow.database import Database
 from streamflow.errors import StreamFlowError
@@ -52,6 +52,7 @@ def examine(settings: Settings) -> list[Finding]:
         _finding("home", partial(_home, settings.home)),
         _finding("policy", lambda: f"mode {Policy.load(settings).mode}, {settings.policy_file}"),
         *_database(settings),
+        *_redis(settings.online_redis_url),
         _finding("landing archive", partial(_archive, LandingZone(settings.home))),
         *_services(settings),
         _finding("leftovers", partial(_leftovers, settings.home)),
@@ -116,6 +117,10 @@ def _database(settings: Settings) -> list[Finding]:
             return f"{info.parameter_status('server_version')} at {info.host}:{info.port}, database {info.dbname}"
 
     return [_finding("PostgreSQL", server), *inside]
+
+
+def _redis(url: str | None) -> list[Finding]:
+    return [_finding("Redis", partial(online_redis.require, url))] if url else []
 
 
 def _schema(database: Database) -> str:

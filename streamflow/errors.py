@@ -20,6 +20,10 @@ class WarehouseUnavailable(StreamFlowError):
     """PostgreSQL does not answer."""
 
 
+class OnlineStoreUnavailable(WarehouseUnavailable):
+    """Redis does not answer, where the online features are there."""
+
+
 class RegistryUnavailable(StreamFlowError):
     """MLflow does not answer."""
 

@@ -1,11 +1,9 @@
-"""The feature store: the only module that talks to Feast.
+"""The feature store: the module that talks to Feast (with online_redis.py for what is peculiar to Redis).
 
 Builds Feast's objects from the contract, applies them, publishes months to the online store and retrieves
 point-in-time features for training. The serving process reads the online tables itself and never comes here.
 """
 
-import contextlib
-import io
 import json
 import string
 from dataclasses import replace
@@ -15,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import psycopg
+import pyarrow as pa
 import yaml
 from psycopg import sql
 
+from streamflow import online_redis
 from streamflow.contract import AS_OF, CONTRACT, MONTH, SCHEMA, USER_ID, Contract, FeatureService, FeatureView
 from streamflow.database import Database
 from streamflow.errors import UnknownMonth
 from streamflow.months import Month
 from streamflow.settings import PROJECT_ROOT
-from streamflow.warehouse import MonthWrite, month_write, record, rows_digest
+from streamflow.warehouse import MonthWrite, copy_in, month_write, record, rows_digest
 
 if TYPE_CHECKING:
     import feast
@@ -32,6 +32,9 @@ REPOSITORY = PROJECT_ROOT / "feature_repo"
 EVENT_TIMESTAMP = "event_timestamp"
 OWNER = "data-science"
 ONLINE = "online"
+ONLINE_STORE = "online_store"
+"""The fact of a published month that says which online store it is in; PostgreSQL where it is not stated."""
+POSTGRES, REDIS = "postgres", "redis"
 INSTANT = timedelta(microseconds=1)
 SAME_DAY = timedelta(days=1)
 """How long a snapshot holds: whoever is not in a month's snapshot has no features, not those of an earlier month."""
@@ -120,8 +123,11 @@ def _feature_view(view: FeatureView) -> "feast.FeatureView":
     )
 
 
-def environment(database: Database) -> dict[str, str]:
-    """The variables that `feature_store.yaml` names, escaped as between double quotes in YAML."""
+def environment(database: Database, redis_url: str | None = None) -> dict[str, str]:
+    """The variables that `feature_store.yaml` names, escaped as between double quotes in YAML.
+
+    With a ``redis_url`` the online store is that Redis.
+    """
     parts = psycopg.conninfo.conninfo_to_dict(database.url)
     return {
         "STREAMFLOW_DATABASE_URL": database.url,
@@ -131,6 +137,8 @@ def environment(database: Database) -> dict[str, str]:
         "STREAMFLOW_POSTGRES_DATABASE": _escaped(str(parts["dbname"])),
         "STREAMFLOW_POSTGRES_USER": _escaped(str(parts["user"])),
         "STREAMFLOW_POSTGRES_PASSWORD": _escaped(str(parts.get("password", ""))),
+        "STREAMFLOW_ONLINE_STORE": REDIS if redis_url else POSTGRES,
+        "STREAMFLOW_REDIS_CONNECTION": _escaped(online_redis.connection_string(redis_url)) if redis_url else "",
     }
 
 
@@ -138,13 +146,20 @@ def _escaped(text: str) -> str:
     return json.dumps(text)[1:-1]
 
 
-def feature_store(database: Database) -> "feast.FeatureStore":
-    """The feature store of `feature_repo/` on this database."""
+def feature_store(
+    database: Database, redis_url: str | None = None, *, registry_ttl_s: int | None = None
+) -> "feast.FeatureStore":
+    """The feature store of `feature_repo/` on this database, with that Redis as its online store if there is one.
+
+    ``registry_ttl_s`` replaces how long what the registry says is believed; 0: until `refresh_registry`.
+    """
     feast = _feast()
     from feast.repo_config import RepoConfig
 
     text = string.Template((REPOSITORY / "feature_store.yaml").read_text(encoding="utf-8"))
-    config = yaml.safe_load(text.substitute(environment(database)))
+    config = yaml.safe_load(text.substitute(environment(database, redis_url)))
+    if registry_ttl_s is not None:
+        config["registry"]["cache_ttl_seconds"] = registry_ttl_s
     return feast.FeatureStore(config=RepoConfig(**config, repo_path=REPOSITORY))
 
 
@@ -159,7 +174,8 @@ def publish(
     """Bring the online store to what it should hold once ``view``'s snapshot of ``month`` is part of it.
 
     Each customer has the newest published month that knows them, in whatever order months are published or corrected.
-    Raises UnknownMonth when the month has no snapshot.
+    In PostgreSQL that happens in one transaction; in Redis customer by customer, and again if it breaks off.
+    Raises UnknownMonth when the month has no snapshot, OnlineStoreUnavailable when Redis does not answer.
     """
     with database.connect() as connection:
         # One month at a time: a withdrawal must see every other month either published whole or not at all.
@@ -167,17 +183,112 @@ def publish(
             "SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", (f"{SCHEMA} publishes {view.name}",)
         )
         snapshot = month_write(connection, view.snapshot, month)
-        with contextlib.redirect_stdout(io.StringIO()):
-            store.materialize(month.event_time - INSTANT, month.event_time, feature_views=[view.name])
         published = replace(
-            snapshot,
-            relation=view.name,
-            sources={snapshot.relation: snapshot.as_source},
-            written_at=now,
+            snapshot, relation=view.name, sources={snapshot.relation: snapshot.as_source}, written_at=now
         )
-        _withdraw(connection, view, month)
-        record(connection, published)
+        if _is_redis(store):
+            published = replace(published, facts={**snapshot.facts, ONLINE_STORE: REDIS})
+            record(connection, published)
+            with online_redis.answering():
+                _bring_to_redis(connection, store, view, month)
+        else:
+            _merge(connection, view, month)
+            _withdraw(connection, view, month)
+            record(connection, published)
+    store.registry.apply_materialization(
+        store.get_feature_view(view.name), store.project, month.event_time - INSTANT, month.event_time
+    )
     return published
+
+
+def is_published(written: MonthWrite, online_store: str) -> bool:
+    """Whether a view's month is in that online store (``postgres`` or ``redis``), and not in the one before it."""
+    return bool(written.facts.get(ONLINE_STORE, POSTGRES) == online_store)
+
+
+def _is_redis(store: "feast.FeatureStore") -> bool:
+    return bool(store.config.online_store.type == REDIS)
+
+
+def _bring_to_redis(
+    connection: psycopg.Connection[Any], store: "feast.FeatureStore", view: FeatureView, month: Month
+) -> None:
+    """Write what Redis should hold for the month's customers, those it no longer has, and all if Redis lost the view.
+
+    The newest published month of each counts. A newer row of a publication that broke off stays: its month comes again.
+    """
+    held = online_redis.held(store, view.name)
+    connection.execute('CREATE TEMP TABLE held (user_id text COLLATE "C", event_timestamp timestamptz) ON COMMIT DROP')
+    times = pa.array(held.values(), pa.timestamp("us", tz="UTC"))
+    copy_in(connection, sql.Identifier("held"), pa.table({USER_ID: list(held), EVENT_TIMESTAMP: times}))
+    given = {
+        "event_time": month.event_time,
+        "as_of": month.as_of,
+        "view": view.name,
+        "store": REDIS,
+        "lost": bool(online_redis.lacking(store, [view.name])),
+    }
+    parts = {
+        "snapshot": sql.Identifier(SCHEMA, view.snapshot),
+        "user_id": sql.Identifier(USER_ID),
+        "as_of": sql.Identifier(AS_OF),
+        "values": sql.SQL(", ").join(sql.Identifier("snapshot", column.name) for column in view.columns),
+    }
+    newest = sql.SQL(
+        """
+        SELECT newest.* FROM (
+            SELECT DISTINCT ON (snapshot.{user_id})
+                snapshot.{user_id}, snapshot.{as_of}::timestamp AT TIME ZONE 'UTC' AS event_timestamp, {values}
+            FROM {snapshot} AS snapshot
+            JOIN streamflow.month_writes AS published
+                ON published.relation = %(view)s AND published.month = to_char(snapshot.{as_of}, 'YYYY-MM')
+                AND published.facts ->> 'online_store' = %(store)s
+            WHERE %(lost)s OR snapshot.{user_id} IN (
+                SELECT {user_id} FROM {snapshot} WHERE {as_of} = %(as_of)s
+                UNION SELECT user_id FROM held WHERE event_timestamp = %(event_time)s
+            )
+            ORDER BY snapshot.{user_id}, snapshot.{as_of} DESC
+        ) AS newest
+        LEFT JOIN held ON held.user_id = newest.{user_id}
+        WHERE held.user_id IS NULL
+            OR held.event_timestamp < newest.event_timestamp OR held.event_timestamp = %(event_time)s
+        """
+    ).format(**parts)
+    with connection.cursor("newest") as cursor:
+        cursor.itersize = online_redis.KEYS_AT_ONCE
+        online_redis.write(store, view.name, cursor.execute(newest, given))
+    gone = sql.SQL(
+        """
+        SELECT user_id FROM held WHERE event_timestamp = %(event_time)s AND NOT EXISTS (
+            SELECT FROM {snapshot} AS snapshot
+            JOIN streamflow.month_writes AS published
+                ON published.relation = %(view)s AND published.month = to_char(snapshot.{as_of}, 'YYYY-MM')
+                AND published.facts ->> 'online_store' = %(store)s
+            WHERE snapshot.{user_id} = held.user_id
+        )
+        """
+    ).format(**parts)
+    online_redis.remove(store, view.name, [user for (user,) in connection.execute(gone, given)])
+    online_redis.mark(store, view.name)
+
+
+def _merge(connection: psycopg.Connection[Any], view: FeatureView, month: Month) -> None:
+    """Bring the month's snapshot into the online table of the same database, without its rows leaving the server."""
+    _feast()
+    from streamflow.online_store import merge
+
+    times = [EVENT_TIMESTAMP, "created_timestamp"]
+    values = [column.name for column in view.columns]
+    source = sql.SQL("SELECT {}, {}::timestamptz AS {}, NULL::timestamptz AS {}, {} FROM {} WHERE {} = {}").format(
+        sql.Identifier(USER_ID),
+        sql.Literal(month.event_time),
+        *map(sql.Identifier, times),
+        sql.SQL(", ").join(map(sql.Identifier, values)),
+        sql.Identifier(SCHEMA, view.snapshot),
+        sql.Identifier(AS_OF),
+        sql.Literal(month.as_of),
+    )
+    merge(connection, sql.Identifier(ONLINE, view.name), [USER_ID], [USER_ID, *times, *values], source)
 
 
 def _withdraw(connection: psycopg.Connection[Any], view: FeatureView, month: Month) -> None:
@@ -218,6 +329,7 @@ def _withdraw(connection: psycopg.Connection[Any], view: FeatureView, month: Mon
             JOIN {snapshot} AS snapshot USING ({user_id})
             JOIN streamflow.month_writes AS published
                 ON published.relation = %(view)s AND published.month = to_char(snapshot.{as_of}, 'YYYY-MM')
+                AND NOT published.facts ? 'online_store'
             WHERE snapshot.{as_of} < %(as_of)s
             ORDER BY snapshot.{user_id}, snapshot.{as_of} DESC
             """
@@ -236,14 +348,28 @@ def online_digest(database: Database, view: FeatureView) -> str:
         return rows_digest(connection, query)
 
 
-def offline(database: Database, service: FeatureService) -> tuple[str, ...]:
-    """The service's features that the online tables lack, so that a model on it could not be served."""
-    with database.connect() as connection:
-        online = set(
-            connection.execute(
-                "SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = %s", (ONLINE,)
-            ).fetchall()
-        )
+def offline(database: Database, store: "feast.FeatureStore", service: FeatureService) -> tuple[str, ...]:
+    """The service's features that the online store lacks, so that a model on it could not be served.
+
+    In PostgreSQL the online tables say so. Redis has no schema: there Feast's registry, by which it is read, says which
+    features a view has, and a view that Redis does not hold lacks all of them.
+    """
+    if _is_redis(store):
+        with online_redis.answering():
+            lacking = online_redis.lacking(store, [view.name for view in service.views])
+        online = {
+            (view.name, field.name)
+            for view in store.list_feature_views()
+            for field in view.features
+            if view.name not in lacking
+        }
+    else:
+        with database.connect() as connection:
+            online = set(
+                connection.execute(
+                    "SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = %s", (ONLINE,)
+                ).fetchall()
+            )
     return tuple(
         column.name
         for view in service.views
@@ -252,7 +378,9 @@ def offline(database: Database, service: FeatureService) -> tuple[str, ...]:
     )
 
 
-def historical_features(store: "feast.FeatureStore", month: Month, contract: Contract = CONTRACT) -> pd.DataFrame:
+def historical_features(
+    database: Database, store: "feast.FeatureStore", month: Month, contract: Contract = CONTRACT
+) -> pd.DataFrame:
     """All features of each labelled customer as they were known on the month's last day.
 
     Returns user_id, event_timestamp and the features, a row for each customer labelled for the month plus the
@@ -269,7 +397,7 @@ def historical_features(store: "feast.FeatureStore", month: Month, contract: Con
         month=sql.Identifier(MONTH),
         key=sql.Literal(str(labelled)),
     )
-    with psycopg.connect(store.config.online_store.url) as connection:
+    with database.connect() as connection:
         if connection.execute(sql.SQL("SELECT EXISTS ({})").format(customers)).fetchone() == (False,):
             raise UnknownMonth(f"no labels of {labelled} have landed; land its labels.csv, then train {month}")
     job: Any = store.get_historical_features(

@@ -1,7 +1,8 @@
 """A Feast online store on PostgreSQL: one wide, typed row for each entity and feature view.
 
-Feast finds it by its dotted name in `feature_store.yaml`. Rows come in by COPY through a staging table and are
-merged in one transaction in which the newer event time wins, so that an older month never replaces a newer one.
+Feast finds it by its dotted name in `feature_store.yaml`. Rows that Feast hands over come in by COPY through a staging
+table; they, and a month that is published from the same database, are merged in one transaction in which the newer
+event time wins, so that an older month never replaces a newer one.
 Anybody may read the tables directly: ``online.<view>(<join keys>, event_timestamp, created_timestamp, <features>)``.
 """
 
@@ -25,6 +26,9 @@ from streamflow.warehouse import copy_in
 EVENT_TIMESTAMP = "event_timestamp"
 CREATED_TIMESTAMP = "created_timestamp"
 TIMES = (EVENT_TIMESTAMP, CREATED_TIMESTAMP)
+
+FILLFACTOR = 50
+"""A month replaces every row: with half of each page free its new version lands beside it and no index changes."""
 
 
 class _Type:
@@ -75,32 +79,17 @@ class WideRowOnlineStore(OnlineStore):  # type: ignore[misc]
         Of several rows for one entity the newest counts, in the batch as in the store; equal event times: the one
         written last. Returns how many entities were written.
         """
-        target = _identifier(config, table)
-        keys = sql.SQL(", ").join(map(sql.Identifier, _types(table.entity_columns)))
-        names = sql.SQL(", ").join(map(sql.Identifier, rows.column_names))
-        merge = sql.SQL(
-            """
-            INSERT INTO {target} AS held ({names})
-            SELECT DISTINCT ON ({keys}) {names} FROM staging
-            ORDER BY {keys}, event_timestamp DESC, created_timestamp DESC NULLS LAST
-            ON CONFLICT ({keys}) DO UPDATE SET ({names}) = ROW ({excluded})
-            WHERE held.event_timestamp <= EXCLUDED.event_timestamp
-            """
-        ).format(
-            target=target,
-            names=names,
-            keys=keys,
-            excluded=sql.SQL(", ").join(sql.Identifier("excluded", name) for name in rows.column_names),
-        )
+        target, keys = _identifier(config, table), list(_types(table.entity_columns))
+        staged = sql.SQL(", ").join(map(sql.Identifier, rows.column_names))
         with psycopg.connect(config.online_store.url) as connection:
-            connection.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", (target.as_string(None),))
             connection.execute(
                 sql.SQL("CREATE TEMP TABLE staging ON COMMIT DROP AS SELECT {} FROM {} WITH NO DATA").format(
-                    names, target
+                    staged, target
                 )
             )
             copy_in(connection, sql.Identifier("staging"), rows)
-            return connection.execute(merge).rowcount
+            source = sql.SQL("SELECT {} FROM staging").format(staged)
+            return merge(connection, target, keys, rows.column_names, source)
 
     def online_read(
         self,
@@ -150,6 +139,42 @@ class WideRowOnlineStore(OnlineStore):  # type: ignore[misc]
         self.update(config, tables, [], entities, [], partial=False)
 
 
+def merge(
+    connection: psycopg.Connection[Any],
+    target: sql.Identifier,
+    keys: Sequence[str],
+    names: Sequence[str],
+    source: sql.Composable,
+) -> int:
+    """Merge what the query ``source`` gives for ``names`` into ``target`` and return how many entities were written.
+
+    Of several rows for one entity the newest event time counts, in the query as in the table; equal event times: the
+    one created or written last. Merges into one table wait for one another until their transactions end.
+    """
+    connection.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", (target.as_string(None),))
+    statement = sql.SQL(
+        """
+        INSERT INTO {target} AS held ({names})
+        SELECT DISTINCT ON ({keys}) {names} FROM ({source}) AS given
+        ORDER BY {keys}, event_timestamp DESC, created_timestamp DESC NULLS LAST
+        ON CONFLICT ({keys}) DO UPDATE SET ({names}) = ROW ({excluded})
+        WHERE held.event_timestamp <= EXCLUDED.event_timestamp
+        """
+    ).format(
+        target=target,
+        names=sql.SQL(", ").join(map(sql.Identifier, names)),
+        keys=sql.SQL(", ").join(map(sql.Identifier, keys)),
+        source=source,
+        excluded=sql.SQL(", ").join(sql.Identifier("excluded", name) for name in names),
+    )
+    return connection.execute(statement).rowcount
+
+
+def value_fields(table: FeatureView) -> dict[str, str]:
+    """For each feature of a view the field of Feast's ``Value`` that holds it."""
+    return {name: kind.value for name, kind in _types(table.features).items()}
+
+
 def _identifier(config: RepoConfig, table: FeatureView) -> sql.Identifier:
     return sql.Identifier(config.online_store.db_schema, table.name)
 
@@ -173,7 +198,8 @@ def _definition(config: RepoConfig, table: FeatureView) -> list[sql.Composed]:
         sql.SQL(f"ALTER TABLE {{}} ADD COLUMN IF NOT EXISTS {{}} {kind.column}").format(target, sql.Identifier(name))
         for name, kind in _types(table.features).items()
     ]
-    return [create, *features]
+    room = sql.SQL("ALTER TABLE {} SET (fillfactor = {})").format(target, sql.Literal(FILLFACTOR))
+    return [create, room, *features]
 
 
 def _key_values(entity_key: EntityKey, keys: dict[str, _Type]) -> tuple[Any, ...]:

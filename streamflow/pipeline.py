@@ -90,7 +90,7 @@ class Platform:
     @functools.cached_property
     def feature_store(self) -> "feast.FeatureStore":
         """Feast."""
-        return features.feature_store(self.database)
+        return features.feature_store(self.database, self.settings.online_redis_url)
 
     @property
     def datasets(self) -> Path:
@@ -210,7 +210,7 @@ def assemble_dataset(platform: Platform, month: Month, now: datetime) -> MonthWr
     for source in (labels, *snapshots):
         dataset.require_meanings(source, contract)
     assembled = dataset.assemble(
-        features.historical_features(platform.feature_store, month, contract),
+        features.historical_features(platform.database, platform.feature_store, month, contract),
         warehouse.labels(platform.database, label_month, contract),
         month=month,
         label_month=label_month,
@@ -535,7 +535,7 @@ def _completed_evidence(platform: Platform, facts: Mapping[str, Any]) -> Evidenc
     return msgspec.structs.replace(
         evidence,
         golden_rows_reproduced=golden_rows_reproduced,
-        features_offline=features.offline(platform.database, service),
+        features_offline=features.offline(platform.database, platform.feature_store, service),
         signature_fits=platform.registry.input_names(facts["run_id"])
         == service.names
         == [feature.name for feature in scorer.features],

@@ -1,8 +1,10 @@
 """The settings, read from the environment once and passed in everywhere else."""
 
 import getpass
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 from pydantic import Field, ValidationError, field_validator
@@ -25,6 +27,8 @@ class Settings(BaseSettings):
     ``owner_database_url`` the role that migrates and owns the ledger; without them the embedded server is used.
     ``mlflow_uri`` is an MLflow server's address; without it the registry is read from the database directly;
     ``mlflow_public_uri`` is where a browser finds it, if elsewhere.
+    ``online_store`` says where the online features are: in PostgreSQL, or in the Redis at ``redis_url``
+    (``redis[s]://[[user]:password@]host[:port][/database]``).
     Features that are older than ``max_feature_age_days`` are flagged in the service's answers or, as
     ``stale_features`` says, refused.
     ``host`` is where the services listen, ``code_host`` where Dagster's code server is found. ``policy`` overrides the
@@ -43,6 +47,8 @@ class Settings(BaseSettings):
     owner_database_url: str | None = None
     mlflow_uri: str | None = None
     mlflow_public_uri: str | None = None
+    online_store: Literal["postgres", "redis"] = "postgres"
+    redis_url: str = "redis://127.0.0.1:6379/0"
     host: str = "127.0.0.1"
     api_port: Port = 8000
     dagster_port: Port = 3000
@@ -70,6 +76,20 @@ class Settings(BaseSettings):
         if path == "":
             raise ValueError("is empty; name a path, or unset the variable for the default")
         return Path(path).expanduser().absolute()
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_address(cls, url: str) -> str:
+        parts = urlsplit(url)
+        known = parts.scheme in ("redis", "rediss") and parts.hostname and parts.port != 0
+        if not known or not re.fullmatch(r"/?\d*", parts.path) or parts.query or parts.fragment:
+            raise ValueError("is no redis[s]://[[user]:password@]host[:port][/database] address")
+        return url
+
+    @property
+    def online_redis_url(self) -> str | None:
+        """Where the online features are, if that is Redis."""
+        return self.redis_url if self.online_store == "redis" else None
 
     @property
     def mlflow_page(self) -> str:

@@ -45,7 +45,7 @@ def environment(settings: Settings, database: Database) -> dict[str, str]:
     """
     return {
         **settings.environment(),
-        **feast_environment(database),
+        **feast_environment(database, settings.online_redis_url),
         OWNER_ADDRESS: "",
         "STREAMFLOW_DAGSTER_DATABASE_URL": database.sqlalchemy("dagster", synchronous_commit="off"),
         "DAGSTER_HOME": str(dagster_home(settings)),

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Literal
 
 from streamflow.contract import CONTRACT, Contract
+from streamflow.features import is_published
 from streamflow.landing import MonthManifest
 from streamflow.months import Month
 from streamflow.pipeline import CHURN_MODEL, REGISTERED_VERSION, TRAINING_DATASET, Platform
@@ -127,7 +128,9 @@ def production_status(entries: list[Entry], versions: Iterable[Version]) -> Prod
 def month_statuses(platform: Platform) -> list[MonthStatus]:
     """The state of every landed month, oldest first."""
     written: dict[Month, dict[str, MonthWrite]] = {}
+    views = {view.name for view in platform.contract.views}
     for write in month_writes(platform.database):
-        written.setdefault(write.month, {})[write.relation] = write
+        if write.relation not in views or is_published(write, platform.settings.online_store):
+            written.setdefault(write.month, {})[write.relation] = write
     zone = platform.landing
     return [month_status(zone.manifest(month), written.get(month, {}), platform.contract) for month in zone.months()]

@@ -13,7 +13,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from streamflow import embedded, stack
+from streamflow import embedded, online_redis, stack
 from streamflow.api_keys import request_headers
 from streamflow.contract import USER_ID
 from streamflow.database import Database
@@ -51,6 +51,8 @@ def bring_up(settings: Settings, *, data: Path | None, first_month: Month, once:
         (settings.code_port, "Dagster's code server", "CODE_PORT"),
     ):
         embedded.require_free_port(settings.host, port, what, f"{PREFIX}{variable}")
+    if settings.online_redis_url:
+        online_redis.require(settings.online_redis_url)
     with embedded.postgres(settings) as database:
         owner = {stack.OWNER_ADDRESS: database.owner_url}
         if failed := streamflow(["migrate"], {**stack.environment(settings, database), **owner}):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from scratch_redis import redis_database
 
 from streamflow.database import Database
 from streamflow.embedded import create_database, postgres
@@ -63,6 +64,13 @@ def server() -> Iterator[Database]:
 def new_database(server: Database) -> Callable[[], Database]:
     """Makes an empty database with the platform's roles."""
     return lambda: create_database(server, f"test_{uuid.uuid4().hex[:12]}")
+
+
+@pytest.fixture(scope="module")
+def redis_url() -> Iterator[str]:
+    """The module's own empty Redis database."""
+    with redis_database() as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

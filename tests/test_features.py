@@ -181,6 +181,13 @@ def test_what_was_published_is_recorded(clean: Database, store: Any) -> None:
     assert (published.rows, published.facts["missing"]) == (2, 1)
 
 
+def test_feast_is_told_what_was_published(clean: Database, store: Any) -> None:
+    land(clean, FEBRUARY, ["a"], tables=PROFILE_TABLES)
+    publish(clean, store, FEBRUARY)
+    _, until = store.get_feature_view(PROFILE.name).materialization_intervals[-1]
+    assert until == FEBRUARY.event_time
+
+
 def test_a_month_without_a_snapshot_cannot_be_published(clean: Database, store: Any) -> None:
     land(clean, JANUARY, ["a"], tables=PROFILE_TABLES)
     publish(clean, store, JANUARY)
@@ -296,11 +303,13 @@ def test_a_publication_that_broke_off_is_made_up_for(
     empty(database)
     for event in (Event(JANUARY), Event(FEBRUARY, mistaken=True), Event(MARCH)):
         event.happen(database, store)
+    before = online(database)
     for step in ("_withdraw", "record"):
         with monkeypatch.context() as patch:
             patch.setattr(features, step, lambda *_: 1 // 0)
             with pytest.raises(ZeroDivisionError):
                 Event(FEBRUARY).happen(database, store)
+        assert online(database) == before
     with database.connect() as connection:
         assert month_write(connection, PROFILE.name, FEBRUARY).revision == 22
     publish(database, store, FEBRUARY)
@@ -317,14 +326,15 @@ def test_a_correction_and_an_older_month_at_the_same_time(
     land(database, JANUARY, FINAL[JANUARY], seed=10, lacking={"subscriptions": ["b"]}, tables=PROFILE_TABLES)
     other = features.feature_store(database)
     merged, corrected = threading.Event(), threading.Event()
-    materialize = store.materialize
+    merge = features._merge
 
-    def half_way(*arguments: Any, **options: Any) -> None:
-        materialize(*arguments, **options)
-        merged.set()
-        corrected.wait(0.5)
+    def half_way(*arguments: Any) -> None:
+        merge(*arguments)
+        if arguments[-1] == JANUARY:
+            merged.set()
+            corrected.wait(0.5)
 
-    monkeypatch.setattr(store, "materialize", half_way)
+    monkeypatch.setattr(features, "_merge", half_way)
 
     def correct() -> None:
         assert merged.wait(10)
@@ -346,8 +356,8 @@ def label(database: Database, month: Month, labels: dict[str, bool]) -> None:
     write_month(database, LABELS, month, rows, digest="0" * 64, revision=1, meanings=LABELS.meanings, now=NOW)
 
 
-def retrieve(store: Any, month: Month, **changes: Any) -> pd.DataFrame:
-    frame = features.historical_features(store, month, replace(CONTRACT, **changes))
+def retrieve(database: Database, store: Any, month: Month, **changes: Any) -> pd.DataFrame:
+    frame = features.historical_features(database, store, month, replace(CONTRACT, **changes))
     return frame.set_index(USER_ID).sort_index()
 
 
@@ -388,28 +398,28 @@ def as_landed(users: list[str], seed: int) -> dict[str, list[Any]]:
 
 
 def test_features_are_those_of_the_day_and_none_from_later(leaky: Database, store: Any) -> None:
-    frame = retrieve(store, FEBRUARY)
+    frame = retrieve(leaky, store, FEBRUARY)
     assert list(frame.index) == ["a", "b", "c"]
     assert list(frame.columns) == ["event_timestamp", *FEATURES]
     assert set(pd.to_datetime(frame["event_timestamp"], utc=True)) == {pd.Timestamp("2024-02-29", tz="UTC")}
     values = as_landed(["a", "b", "c"], FEBRUARY.number)
     assert {name: frame[name].tolist() for name in values} == values
     assert frame["failed_payments_90d"].tolist() != [1000, 0, 1000]
-    telling = retrieve(store, MARCH)
+    telling = retrieve(leaky, store, MARCH)
     assert telling["failed_payments_90d"].tolist() == [1000, 0, 1000, 1000]
 
 
 def test_later_months_change_nothing_in_what_was_retrieved(leaky: Database, store: Any) -> None:
-    january, february = retrieve(store, JANUARY), retrieve(store, FEBRUARY)
+    january, february = retrieve(leaky, store, JANUARY), retrieve(leaky, store, FEBRUARY)
     land(leaky, MARCH, ["a", "b", "gone", "new"], seed=77, tables=CONTRACT.snapshots)
     label(leaky, MARCH, {"a": True, "new": False})
-    pd.testing.assert_frame_equal(retrieve(store, JANUARY), january)
-    pd.testing.assert_frame_equal(retrieve(store, FEBRUARY), february)
+    pd.testing.assert_frame_equal(retrieve(leaky, store, JANUARY), january)
+    pd.testing.assert_frame_equal(retrieve(leaky, store, FEBRUARY), february)
 
 
 def test_a_user_whom_the_month_does_not_know_has_no_features_of_an_earlier_one(leaky: Database, store: Any) -> None:
     label(leaky, FEBRUARY, {"a": True, "gone": True, "late": False})
-    frame = retrieve(store, FEBRUARY)
+    frame = retrieve(leaky, store, FEBRUARY)
     assert list(frame.index) == ["a", "gone", "late"]
     unknown = frame.loc[["gone", "late"], FEATURES]
     assert unknown.isna().all(axis=None)
@@ -418,7 +428,7 @@ def test_a_user_whom_the_month_does_not_know_has_no_features_of_an_earlier_one(l
 
 def test_a_user_whom_a_file_of_the_month_lacks_has_nulls_there(leaky: Database, store: Any) -> None:
     land(leaky, FEBRUARY, ["a", "b", "c"], seed=2, lacking={"subscriptions": ["b"]}, tables=CONTRACT.snapshots)
-    frame = retrieve(store, FEBRUARY)
+    frame = retrieve(leaky, store, FEBRUARY)
     lacking = [column.name for column in CONTRACT.features if column in SUBSCRIPTIONS.columns]
     assert len(lacking) == 8
     assert frame.loc["b", lacking].isna().all()
@@ -427,7 +437,7 @@ def test_a_user_whom_a_file_of_the_month_lacks_has_nulls_there(leaky: Database, 
 
 
 def test_labels_of_a_later_month_meet_the_features_of_this_one(leaky: Database, store: Any) -> None:
-    frame = retrieve(store, FEBRUARY, label_horizon_months=1)
+    frame = retrieve(leaky, store, FEBRUARY, label_horizon_months=1)
     assert list(frame.index) == ["a", "b", "c", "late"]
     assert frame["monthly_fee"].tolist()[:3] == as_landed(["a", "b", "c"], FEBRUARY.number)["monthly_fee"]
     assert frame.loc["late", FEATURES].isna().all()
@@ -436,9 +446,9 @@ def test_labels_of_a_later_month_meet_the_features_of_this_one(leaky: Database, 
 def test_a_month_without_labels_trains_nothing(leaky: Database, store: Any) -> None:
     execute(leaky, "DELETE FROM labels WHERE month = '2024-02'")
     with pytest.raises(UnknownMonth, match=r"no labels of 2024-02 have landed; land its labels\.csv, then train"):
-        retrieve(store, FEBRUARY)
+        retrieve(leaky, store, FEBRUARY)
     with pytest.raises(UnknownMonth, match="no labels of 2024-04"):
-        retrieve(store, MARCH, label_horizon_months=1)
+        retrieve(leaky, store, MARCH, label_horizon_months=1)
 
 
 @pytest.fixture
@@ -471,7 +481,7 @@ def test_a_server_and_a_process_elsewhere_make_no_difference(
     pd.testing.assert_frame_equal(
         *(
             frame.assign(event_timestamp=pd.to_datetime(frame["event_timestamp"], utc=True))
-            for frame in (retrieve(other, FEBRUARY), retrieve(store, FEBRUARY))
+            for frame in (retrieve(elsewhere, other, FEBRUARY), retrieve(leaky, store, FEBRUARY))
         )
     )
 
@@ -504,11 +514,11 @@ def test_a_service_has_nothing_of_a_view_all_of_whose_columns_are_protected() ->
 
 def test_a_service_whose_features_are_not_online_is_noticed(database: Database, store: Any) -> None:
     for service in CONTRACT.services:
-        assert features.offline(database, service) == ()
+        assert features.offline(database, store, service) == ()
     added = Column("coupons_used", "integer", "Coupons used.", view="contract_fv")
     wider = replace(SUBSCRIPTIONS, columns=(*SUBSCRIPTIONS.columns, added))
     contract = replace(CONTRACT, tables=tuple(wider if one is SUBSCRIPTIONS else one for one in CONTRACT.tables))
-    offline = [features.offline(database, service) for service in contract.services]
+    offline = [features.offline(database, store, service) for service in contract.services]
     assert offline == [(), ("coupons_used",), ("coupons_used",)]
 
 

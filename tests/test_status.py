@@ -1,15 +1,18 @@
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, date, datetime
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from governed import evidence
 
+from streamflow import status
 from streamflow.contract import CONTRACT
 from streamflow.landing import MonthManifest, Revision
 from streamflow.months import Month
 from streamflow.promotion import Action, Entry, Version
+from streamflow.settings import Settings
 from streamflow.status import MEANINGS, month_status, production_status, relations
 from streamflow.warehouse import MonthWrite
 
@@ -223,3 +226,14 @@ def test_a_threshold_that_was_decided_later_is_the_one_in_force() -> None:
 
 def test_every_table_of_the_contract_is_in_the_tests_list() -> None:
     assert tuple(table.name for table in CONTRACT.tables) == TABLES
+
+
+def test_what_is_in_another_online_store_is_to_be_published_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    landing = SimpleNamespace(months=lambda: [JANUARY], manifest=lambda _: manifest())
+    monkeypatch.setattr(status, "month_writes", lambda _: list(COMPLETE.values()))
+    for online_store, state, missing in (("postgres", "complete", ()), ("redis", "incomplete", VIEWS)):
+        platform = SimpleNamespace(
+            database=None, landing=landing, contract=CONTRACT, settings=Settings(online_store=online_store)
+        )
+        (month,) = status.month_statuses(platform)  # type: ignore[arg-type]
+        assert (month.state, month.missing, month.is_pending) == (state, missing, state == "incomplete")

@@ -1,17 +1,40 @@
-"""The service's fixtures: ``shared_*`` for tests that only ask and add customers, the others for all that change it."""
+"""The service's fixtures: ``shared_*`` for tests that only ask and add customers, the others for all that change it.
+
+What reads features runs twice: with the online features in PostgreSQL, and in Redis.
+"""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 
 import httpx
 import pytest
+from scratch_redis import redis_database
 from serving_world import Mlflow, Platform, copied, disconnect, eventually, make_tables, running, train
 
 from streamflow.database import Database
 from streamflow.settings import Settings
 
 QUICK_POLL_S = 0.2
+ALSO_READ_FEATURES = (
+    "test_json_with_a_charset_is_json",
+    "test_every_answer_has_its_own_request_id",
+    "test_no_id_makes_predict_fail",
+    "test_no_id_makes_features_fail",
+)
+"""Those of test_serving_http."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    reads = metafunc.module.__name__ == "test_serving_predict" or metafunc.function.__name__ in ALSO_READ_FEATURES
+    if reads and "profile" in metafunc.fixturenames:
+        metafunc.parametrize("profile", ["postgres", "redis"], indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def profile(request: pytest.FixtureRequest) -> str:
+    """Where the online features are."""
+    return str(getattr(request, "param", "postgres"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,14 +60,21 @@ def migrated(new_database: Callable[[], Database], server: Database) -> Database
 
 
 @pytest.fixture(scope="session")
-def shared_platform(migrated: Database, server: Database, artifacts: tuple[bytes, bytes]) -> Iterator[Platform]:
+def shared_platform(
+    migrated: Database, server: Database, artifacts: tuple[bytes, bytes], profile: str
+) -> Iterator[Platform]:
     """A platform with one published customer and version 1 in Production."""
     mlflow = Mlflow()
-    platform = Platform(copied(migrated, server), mlflow)
-    platform.publish()
-    platform.promote(1, artifacts[0])
-    yield platform
+    with _redis_of(profile) as redis_url:
+        platform = Platform(copied(migrated, server), mlflow, redis_url)
+        platform.publish()
+        platform.promote(1, artifacts[0])
+        yield platform
     mlflow.stop()
+
+
+def _redis_of(profile: str) -> AbstractContextManager[str | None]:
+    return redis_database() if profile == "redis" else nullcontext()
 
 
 @pytest.fixture(scope="session")
@@ -67,11 +97,12 @@ def mlflow() -> Iterator[Mlflow]:
 
 
 @pytest.fixture
-def platform(migrated: Database, server: Database, mlflow: Mlflow) -> Platform:
+def platform(migrated: Database, server: Database, mlflow: Mlflow, profile: str) -> Iterator[Platform]:
     """A platform with one published customer and nothing promoted."""
-    platform = Platform(copied(migrated, server), mlflow)
-    platform.publish()
-    return platform
+    with _redis_of(profile) as redis_url:
+        platform = Platform(copied(migrated, server), mlflow, redis_url)
+        platform.publish()
+        yield platform
 
 
 @pytest.fixture

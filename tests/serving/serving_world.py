@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, date, datetime
+from functools import cached_property
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,7 +25,7 @@ from psycopg import sql
 from psycopg.types.json import Jsonb
 
 from serving.app import create_app
-from streamflow import features
+from streamflow import features, online_redis
 from streamflow.contract import CONTRACT, USER_ID, Column, Contract
 from streamflow.database import Database
 from streamflow.dataset import TrainingDataset
@@ -148,13 +149,20 @@ class Mlflow:
 class Platform:
     """What the rest of the platform does to the database: publish features, register, promote."""
 
-    def __init__(self, database: Database, mlflow: Mlflow) -> None:
+    def __init__(self, database: Database, mlflow: Mlflow, redis_url: str | None = None) -> None:
         self.database = database
         self.mlflow = mlflow
+        self.redis_url = redis_url
+
+    @cached_property
+    def feast(self) -> Any:
+        return features.feature_store(self.database, self.redis_url)
 
     def settings(self, home: Path) -> Settings:
         """What the service is told: the platform's role, and no other."""
-        return Settings(home=home, database_url=self.database.url, mlflow_uri=self.mlflow.uri)
+        given = Settings(home=home, database_url=self.database.url, mlflow_uri=self.mlflow.uri)
+        redis = {"online_store": "redis", "redis_url": self.redis_url} if self.redis_url else {}
+        return given.model_copy(update=redis)
 
     def execute(self, query: Any, *parameters: object, owner: bool = False) -> None:
         with self.database.connect(owner=owner) as connection:
@@ -165,9 +173,14 @@ class Platform:
         for view in CONTRACT.views:
             if views is not None and view.name not in views:
                 continue
+            moment = datetime(as_of.year, as_of.month, as_of.day, tzinfo=UTC)
+            if self.redis_url:
+                row = (user_id, moment, *(values[column.name] for column in view.columns))
+                online_redis.write(self.feast, view.name, [row])
+                online_redis.mark(self.feast, view.name)
+                continue
             names = [USER_ID, "event_timestamp", *(column.name for column in view.columns)]
-            row = [user_id, datetime(as_of.year, as_of.month, as_of.day, tzinfo=UTC)]
-            row += [values[column.name] for column in view.columns]
+            row = (user_id, moment, *(values[column.name] for column in view.columns))
             table, columns = sql.Identifier("online", view.name), sql.SQL(", ").join(map(sql.Identifier, names))
             self.execute(sql.SQL("DELETE FROM {} WHERE user_id = %s").format(table), user_id)
             marks = sql.SQL(", ").join(sql.SQL("%s") for _ in names)
