@@ -10,7 +10,7 @@ from streamflow_dagster.defs.partitions import MONTHLY
 from streamflow_dagster.defs.resources import PlatformResource
 from streamflow_dagster.defs.results import OWNERS, materialized, month_of
 
-CODE = pipeline.code_version("contract", "features", "online_store")
+CODE = pipeline.code_version("contract", "features", "online_store", "online_redis")
 
 
 def published(view: FeatureView) -> AssetsDefinition:
