@@ -1,14 +1,26 @@
+import asyncio
 import re
-from datetime import date
+from collections.abc import Callable
+from datetime import UTC, date, datetime
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
-from serving_world import FEATURES, KNOWN, Platform, eventually, predict, problem
+from serving_world import FEATURES, KNOWN, Platform, eventually, predict, problem, train
 
+from serving.features import FeatureQuery, FeatureStore, OnlineFeatures, UnknownUser
+from serving.metrics import Metrics
+from serving.predictor import Freshness, Predictor, Scored
+from serving.production import Production, ServedModel
 from serving.schemas import MAX_BATCH
 from streamflow.contract import CONTRACT
+from streamflow.errors import WarehouseUnavailable
 from streamflow.scoring import Scorer
+from streamflow.settings import Settings
 
+NOW = datetime(2024, 3, 1, tzinfo=UTC)
+JANUARY = date(2024, 1, 31)
 NAMES = [column.name for column in CONTRACT.service("churn_v1").columns]
 
 
@@ -133,3 +145,156 @@ def test_a_batch_is_bounded(shared_api: httpx.Client, size: int, status: int) ->
         assert len(answer.json()["results"]) == size
     else:
         problem(answer, 400, "malformed-request")
+
+
+# --- together, too old, never seen ------------------------------------------------------------------------------------
+
+
+def _predictor(store: FeatureStore, artifact: bytes, *, limit_days: int = 45, refuse: bool = False) -> Predictor:
+    scorer = Scorer.from_bytes(artifact)
+    production = Production(1, NOW, 1, "run-1", "churn_v1", JANUARY, 0.5, "scorer.bin", "sha")
+    model = ServedModel(production, scorer, FeatureQuery.of(scorer.features), NOW)
+    served = SimpleNamespace(current=lambda: model)
+    return Predictor(served, store, Freshness(limit_days, refuse), lambda: NOW, Metrics(CONTRACT, lambda: NOW))  # type: ignore[arg-type]
+
+
+class SlowStore:
+    """Holds every question until it may answer; knows everybody whose name does not begin with "no"."""
+
+    def __init__(self, failure: Exception | None = None) -> None:
+        self.asked: list[list[str]] = []
+        self.may_answer = asyncio.Event()
+        self._failure = failure
+
+    async def read(self, query: FeatureQuery, user_ids: list[str]) -> list[Any]:
+        self.asked.append(list(user_ids))
+        await self.may_answer.wait()
+        if self._failure:
+            raise self._failure
+        values = [FEATURES[name] for name in query.names]
+        return [
+            UnknownUser("who?", query.names) if user.startswith("no") else OnlineFeatures(user, JANUARY, values)
+            for user in user_ids
+        ]
+
+
+async def _turns() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def test_who_asks_while_others_are_scored_is_scored_together(artifacts: tuple[bytes, bytes]) -> None:
+    async def scenario() -> None:
+        store = SlowStore()
+        predictor = _predictor(store, artifacts[0])  # type: ignore[arg-type]
+        first = asyncio.create_task(predictor.predict("first"))
+        await _turns()
+        assert store.asked == [["first"]]
+        later = [asyncio.create_task(predictor.predict(user)) for user in ("a", "nobody", "b", "a")]
+        await _turns()
+        assert (store.asked, predictor.waiting) == ([["first"]], 4)
+        store.may_answer.set()
+        answers = await asyncio.gather(first, *later, return_exceptions=True)
+        assert store.asked == [["first"], ["a", "nobody", "b", "a"]]
+        assert [answer.user_id for answer in answers if isinstance(answer, Scored)] == ["first", "a", "b", "a"]
+        assert isinstance(answers[2], UnknownUser)
+        assert predictor.waiting == 0
+        alone = await predictor.predict("b")
+        assert store.asked[2:] == [["b"]]
+        assert alone == answers[3]
+
+    asyncio.run(scenario())
+
+
+def test_no_more_than_a_bounded_number_are_scored_together(
+    artifacts: tuple[bytes, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.predictor.MOST_TOGETHER", 3)
+
+    async def scenario() -> None:
+        store = SlowStore()
+        store.may_answer.set()
+        predictor = _predictor(store, artifacts[0])  # type: ignore[arg-type]
+        users = [f"user-{number}" for number in range(8)]
+        answers = await asyncio.gather(*map(predictor.predict, users))
+        assert [answer.user_id for answer in answers] == users
+        assert [len(asked) for asked in store.asked] == [3, 3, 2]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("failure", [WarehouseUnavailable("away"), ZeroDivisionError("a defect of ours")])
+def test_who_waits_behind_a_failure_shares_it_and_the_next_one_is_asked_anew(
+    artifacts: tuple[bytes, bytes], failure: Exception
+) -> None:
+    async def scenario() -> None:
+        store = SlowStore(failure)
+        predictor = _predictor(store, artifacts[0])  # type: ignore[arg-type]
+        first = asyncio.create_task(predictor.predict("first"))
+        await _turns()
+        behind = asyncio.create_task(predictor.predict("behind"))
+        given_up = asyncio.create_task(predictor.predict("given up"))
+        await _turns()
+        given_up.cancel()
+        await _turns()
+        store.may_answer.set()
+        answers = await asyncio.gather(first, behind, return_exceptions=True)
+        assert [type(answer) for answer in answers] == [type(failure)] * 2
+        assert store.asked == [["first"]]
+        with pytest.raises(type(failure)):
+            await predictor.predict("next")
+        assert store.asked == [["first"], ["next"]]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("limit_days", "stale"), [(30, False), (29, True)])
+def test_features_older_than_the_limit_are_flagged(
+    shared_platform: Platform,
+    shared_settings: Settings,
+    serve: Callable[[Settings], httpx.Client],
+    limit_days: int,
+    stale: bool,
+) -> None:
+    """The service's clock stands at 2024-03-01, thirty days after the features."""
+    api = serve(shared_settings.model_copy(update={"max_feature_age_days": limit_days}))
+    eventually(lambda: predict(api).status_code == 200)
+    assert predict(api).json()["features_stale"] is stale
+
+
+def test_features_older_than_the_limit_can_be_refused(
+    shared_platform: Platform, shared_settings: Settings, serve: Callable[[Settings], httpx.Client]
+) -> None:
+    shared_platform.publish("fresh", as_of=date(2024, 2, 29))
+    api = serve(shared_settings.model_copy(update={"max_feature_age_days": 29, "stale_features": "refuse"}))
+    eventually(lambda: predict(api, "fresh").status_code == 200)
+    answer = predict(api)
+    details = problem(answer, 503, "stale-features")
+    assert answer.headers["retry-after"] == "3600"
+    assert details["detail"] == (
+        f"the features of user {KNOWN} are as of 2024-01-31, and may be 29 days old; run the newest month"
+    )
+    results = api.post("/predict/batch", json={"user_ids": [KNOWN, "fresh"]}).json()["results"]
+    assert [result.get("status", 200) for result in results] == [503, 200]
+
+
+def test_values_outside_of_training_are_answered_flagged_and_counted(
+    shared_api: httpx.Client, shared_platform: Platform
+) -> None:
+    seen = Scorer.from_bytes(train(1)).features
+    within = {one.name: one.trained_on[0] for one in seen}
+    highest = {one.name: one.trained_on[-1] for one in seen}
+    shared_platform.publish("within", **within)
+    shared_platform.publish("highest", **highest)
+    shared_platform.publish("beyond", **{**within, "monthly_fee": highest["monthly_fee"] + 0.01, "skips_7d": -1})
+    assert predict(shared_api, "within").json()["features_outside_training"] == []
+    assert predict(shared_api, "highest").json()["features_outside_training"] == []
+    counted = [f'streamflow_out_of_range_features_total{{feature="{name}"}}' for name in ("monthly_fee", "skips_7d")]
+    before = [_counter(shared_api, name) for name in counted]
+    assert predict(shared_api, "beyond").json()["features_outside_training"] == ["monthly_fee", "skips_7d"]
+    assert [_counter(shared_api, name) for name in counted] == [value + 1 for value in before]
+
+
+def _counter(api: httpx.Client, name: str) -> float:
+    (line,) = [line for line in api.get("/metrics").text.splitlines() if line.startswith(name)]
+    return float(line.rpartition(" ")[2])
