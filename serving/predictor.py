@@ -13,6 +13,7 @@ from serving.metrics import Metrics
 from serving.production import ProductionModel, ServedModel
 from serving.schemas import Features
 from streamflow.errors import StreamFlowError
+from streamflow.explanation import Explanation, explain
 from streamflow.scoring import UnscorableFeatures, decide
 
 MOST_TOGETHER = 256
@@ -95,6 +96,7 @@ class Predictor:
         self._metrics = metrics
         self._waiting: list[tuple[str, asyncio.Future[Outcome]]] = []
         self._answering: asyncio.Task[None] | None = None
+        self._explaining = asyncio.Lock()
 
     @property
     def waiting(self) -> int:
@@ -123,6 +125,12 @@ class Predictor:
         if isinstance(outcome, StreamFlowError):
             raise outcome
         return outcome
+
+    async def explain(self, scored: Scored) -> Explanation:
+        """What each feature contributes to a prediction, computed in a thread, one at a time."""
+        scorer = scored.model.scorer
+        async with self._explaining:
+            return await asyncio.to_thread(explain, scorer, [scored.features[one.name] for one in scorer.features])
 
     async def _answer(self) -> None:
         """Score whoever waits, again and again until nobody does."""

@@ -10,6 +10,7 @@ from litestar.exceptions import ClientException, InternalServerException, Serial
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody, Parameter, SkipValidation
 from litestar.response.base import ASGIResponse
+from msgspec import UNSET
 
 from serving.auth import Unauthorized
 from serving.features import IncompleteFeatures, UnknownUser
@@ -23,6 +24,7 @@ from serving.schemas import (
     Alive,
     BatchAnswer,
     BatchRequest,
+    Explanation,
     FeaturesOfUser,
     Model,
     Outcome,
@@ -31,6 +33,7 @@ from serving.schemas import (
     Readiness,
     RefusedVersion,
 )
+from streamflow import explanation
 from streamflow.errors import StreamFlowError, WarehouseUnavailable
 
 MAX_BODY = 64 * 1024
@@ -95,8 +98,11 @@ async def predict(data: JSONBody[PredictRequest], request: JsonRequest, service:
     """Score one customer with the Production model and the features of the feature store."""
     scored = await service.predictor.predict(data.user_id)
     request_id = request_id_of(request.scope)
+    answer = _prediction(scored, request_id)
+    if data.explain is not UNSET:
+        answer.explanation = _explanation(await service.predictor.explain(scored))
     service.predictions.record(logged(scored, request_id, request.scope["state"]["caller_request_id"]))
-    return ASGIResponse(body=_encode(_prediction(scored, request_id)), media_type=MediaType.JSON)
+    return ASGIResponse(body=_encode(answer), media_type=MediaType.JSON)
 
 
 @post(
@@ -181,6 +187,17 @@ def _prediction(scored: Scored, request_id: str) -> Prediction:
         features_used=scored.features,
         features_stale=scored.stale,
         features_outside_training=list(scored.outside),
+    )
+
+
+def _explanation(explained: explanation.Explanation) -> Explanation:
+    return Explanation(
+        method=f"{explanation.METHOD}; {explained.orders} orders",
+        value_function=explanation.VALUE_FUNCTION,
+        background=f"{explained.background} customers of the training dataset, stored with the version",
+        scale=explanation.SCALE,
+        base=explained.base,
+        contributions=explained.contributions,
     )
 
 

@@ -29,6 +29,9 @@ class PredictRequest(Struct, forbid_unknown_fields=True):
     """Whom to score."""
 
     user_id: UserId
+    explain: Annotated[
+        Literal["shapley"] | UnsetType, Meta(description="Also say what each feature contributes; takes longer.")
+    ] = UNSET
 
 
 class BatchRequest(Struct, forbid_unknown_fields=True):
@@ -39,6 +42,17 @@ class BatchRequest(Struct, forbid_unknown_fields=True):
 
 class Outcome(Struct):
     """What a batch has for each customer: a prediction or a problem."""
+
+
+class Explanation(Struct):
+    """What each feature contributes to the probability; `base` and the contributions add up to it."""
+
+    method: str
+    value_function: str
+    background: str
+    scale: str
+    base: Annotated[float, Meta(description="The mean probability of the background customers.")]
+    contributions: Annotated[dict[str, float], Meta(description="By feature; positive ones speak for churn.")]
 
 
 class Prediction(Outcome):
@@ -58,6 +72,7 @@ class Prediction(Outcome):
     features_outside_training: Annotated[
         list[str], Meta(description="Features whose values are outside of what the model was trained on.")
     ]
+    explanation: Annotated[Explanation | UnsetType, Meta(description="If asked for by `explain`.")] = UNSET
 
 
 class FeaturesOfUser(Struct):

@@ -174,17 +174,17 @@ class Scorer:
         Raises UnscorableFeatures, naming row and feature, for a value that the model cannot take, and ValueError for a
         row with more or fewer values than ``features``.
         """
-        return self._probabilities(self._matrix(rows))
+        return self.score_numbers(self.numbers(rows))
 
     def examine(self, rows: Sequence[Sequence[object]]) -> tuple[Floats, dict[int, tuple[str, ...]]]:
         """As `score`, and by a row's index the features whose values are outside of what the model was trained on."""
-        matrix = self._matrix(rows)
+        matrix = self.numbers(rows)
         outside = self._outside(matrix)
         found = {
             int(row): tuple(self.features[column].name for column in np.flatnonzero(outside[row]))
             for row in np.flatnonzero(outside.any(axis=1))
         }
-        return self._probabilities(matrix), found
+        return self.score_numbers(matrix), found
 
     def score_columns(self, columns: Mapping[str, ArrayLike]) -> Floats:
         """As `score`, for many rows at once: an array for each feature, by name, such as a data frame holds.
@@ -195,14 +195,15 @@ class Scorer:
         matrix = np.column_stack(numbers)
         order = np.lexsort(matrix.T[::-1])
         probabilities = np.empty(len(matrix))
-        probabilities[order] = self._probabilities(matrix[order])
+        probabilities[order] = self.score_numbers(matrix[order])
         return probabilities
 
     def decide(self, probability: float) -> bool:
         """Whether a user of that probability counts as churning."""
         return bool(decide(probability, self.threshold))
 
-    def _matrix(self, rows: Sequence[Sequence[object]]) -> Floats:
+    def numbers(self, rows: Sequence[Sequence[object]]) -> Floats:
+        """A matrix with a column per feature, its number or the index of its category; raises as `score` does."""
         numbers = [self._numbers(index, row) for index, row in enumerate(rows)]
         return np.array(numbers, dtype=np.float64).reshape(len(rows), len(self.features))
 
@@ -220,8 +221,8 @@ class Scorer:
                 return UnscorableFeatures(index, feature, value)
         raise AssertionError("a row that converts was refused")
 
-    def _probabilities(self, numbers: Floats) -> Floats:
-        """From a matrix with a column per feature, its value or the index of its category."""
+    def score_numbers(self, numbers: Floats) -> Floats:
+        """The probability of churn of each row of a matrix as `numbers` makes it."""
         scores = self._estimate(self._encode(numbers))
         return scores if self._link is None else _apply(self._link, scores)
 

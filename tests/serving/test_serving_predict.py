@@ -298,3 +298,21 @@ def test_values_outside_of_training_are_answered_flagged_and_counted(
 def _counter(api: httpx.Client, name: str) -> float:
     (line,) = [line for line in api.get("/metrics").text.splitlines() if line.startswith(name)]
     return float(line.rpartition(" ")[2])
+
+
+def test_an_explanation_adds_up_to_the_probability_and_names_its_method(shared_api: httpx.Client) -> None:
+    answer = shared_api.post("/predict", json={"user_id": KNOWN, "explain": "shapley"}).json()
+    explanation = answer.pop("explanation")
+    plain = predict(shared_api).json()
+    assert "explanation" not in plain
+    assert {**answer, "request_id": ""} == {**plain, "request_id": ""}
+    assert list(explanation["contributions"]) == NAMES
+    total = explanation["base"] + sum(explanation["contributions"].values())
+    assert total == pytest.approx(answer["probability"], abs=1e-12)
+    assert explanation["scale"] == "probability"
+    assert explanation["method"] == "Shapley values by permutation sampling, each order also reversed; 16 orders"
+    assert explanation["value_function"].startswith("interventional: ")
+    assert explanation["background"] == "32 customers of the training dataset, stored with the version"
+    for other in ("lime", True, 1, None, ["shapley"]):
+        refused = shared_api.post("/predict", json={"user_id": KNOWN, "explain": other})
+        assert "explain" in problem(refused, 400, "malformed-request")["detail"]
