@@ -180,10 +180,9 @@ class Scorer:
         """As `score`, and by a row's index the features whose values are outside of what the model was trained on."""
         matrix = self.numbers(rows)
         outside = self._outside(matrix)
-        found = {
-            int(row): tuple(self.features[column].name for column in np.flatnonzero(outside[row]))
-            for row in np.flatnonzero(outside.any(axis=1))
-        }
+        found: dict[int, tuple[str, ...]] = {}
+        for row, column in np.argwhere(outside).tolist() if outside.any() else ():
+            found[row] = (*found.get(row, ()), self.features[column].name)
         return self.score_numbers(matrix), found
 
     def score_columns(self, columns: Mapping[str, ArrayLike]) -> Floats:

@@ -617,3 +617,54 @@ def trees_in_32_bits(features):
     builder.end_node()
     builder.end_tree()
     return builder.commit()
+
+
+# --- outside of what it was trained on --------------------------------------------------------------------------------
+
+
+def test_values_outside_of_training_are_named_and_change_no_score(artifact):
+    scorer = Scorer.from_bytes(artifact)
+    rows = [list(row) for row in scorer.golden_rows[:4]]
+    names = [feature.name for feature in scorer.features]
+    trained_on = {feature.name: feature.trained_on for feature in scorer.features}
+    at = {name: names.index(name) for name in names}
+    rows[0] = [trained_on[name][0] for name in names]
+    rows[1] = [trained_on[name][-1] for name in names]
+    rows[3][at["monthly_fee"]] = trained_on["monthly_fee"][1] + 0.01
+    rows[3][at["months_active"]] = trained_on["months_active"][0] - 1
+
+    probabilities, outside = scorer.examine(rows)
+    assert probabilities.tolist() == scorer.score(rows).tolist()
+    assert {row: set(found) for row, found in outside.items() if row != 2} == {3: {"monthly_fee", "months_active"}}
+    assert list(outside[3]) == sorted(outside[3], key=names.index)
+
+
+def test_a_category_that_training_lacked_is_outside_of_it(artifact):
+    content = msgspec.msgpack.decode(artifact[scoring._HEADER_SIZE :], type=scoring._Artifact)
+    index = next(index for index, feature in enumerate(content.features) if len(feature.categories) == 3)
+    feature = content.features[index]
+    first, middle, last = feature.categories
+    gone = msgspec.structs.replace(feature, trained_on=(first, last))
+    features = (*content.features[:index], gone, *content.features[index + 1 :])
+    scorer = Scorer(msgspec.structs.replace(content, features=features))
+    row = list(scorer.golden_rows[0])
+    for category, found in ((first, False), (middle, True), (last, False)):
+        row[index] = category
+        assert (feature.name in scorer.examine([row])[1].get(0, ())) is found
+
+
+def test_what_it_was_trained_on_must_be_values_of_the_feature(artifact):
+    content = msgspec.msgpack.decode(artifact[scoring._HEADER_SIZE :], type=scoring._Artifact)
+    kinds = {feature.kind: index for index, feature in enumerate(content.features)}
+    for kind, wrong in (
+        ("category", ("Carrier pigeon",)),
+        ("category", ()),
+        ("float", (1.0,)),
+        ("float", (2.0, 1.0)),
+        ("float", (None, 1.0)),
+        ("boolean", ()),
+    ):
+        features = list(content.features)
+        features[kinds[kind]] = msgspec.structs.replace(features[kinds[kind]], trained_on=wrong)
+        with pytest.raises(ArtifactRefused, match="features, encoding and golden rows disagree"):
+            Scorer(msgspec.structs.replace(content, features=tuple(features)))
