@@ -252,10 +252,13 @@ def _part(url: str, name: str) -> str:
     return str(psycopg.conninfo.conninfo_to_dict(url)[name])
 
 
+NOW = datetime(2024, 3, 1, 12, 30, tzinfo=UTC)
+
+
 @contextmanager
-def running(settings: Settings) -> Iterator[httpx.Client]:
+def running(settings: Settings, clock: Callable[[], datetime] = lambda: NOW) -> Iterator[httpx.Client]:
     """The service on a free port, in a thread."""
-    app = create_app(settings, clock=lambda: datetime(2024, 3, 1, 12, 30, tzinfo=UTC))
+    app = create_app(settings, clock=clock)
     server = uvicorn.Server(uvicorn.Config(app, port=0, http="httptools", log_config=None, access_log=False))
     thread = threading.Thread(target=server.run)
     thread.start()
