@@ -242,8 +242,13 @@ class Service:
             problem(answer, 503, "not-ready")
         return answer.status_code, answer.text
 
-    def becomes(self, status: int, within_s: float = RETURN_S) -> None:
-        eventually(lambda: self.readiness()[0] == status, within_s=within_s)
+    def becomes(self, status: int, says: str = "", within_s: float = RETURN_S) -> None:
+        """Wait until ``/ready`` answers with this status and, if given, state."""
+        eventually(lambda: self._is(status, says), within_s=within_s)
+
+    def _is(self, status: int, says: str) -> bool:
+        found, answer = self.readiness()
+        return found == status and (not says or json.loads(answer)["status"] == says)
 
     @property
     def events(self) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 import time
 from itertools import cycle, pairwise
 
-from faults_world import Load, World, started
+from faults_world import Load, World, free_port, started
 from serving_world import Mlflow, eventually, metric, metrics_of
 
 from streamflow.settings import Settings
@@ -34,29 +34,43 @@ def test_promotions_in_quick_succession(world: World, settings: Settings) -> Non
     assert {one.body["model_version"] for one in load.between(settled)} == {1}
 
 
-def test_mlflow_away(world: World, settings: Settings) -> None:
-    mlflow = Mlflow()
+def mlflow_of(world: World, port: int) -> Mlflow:
+    """One with the same artifacts."""
+    mlflow = Mlflow(port)
     mlflow.files.update(world.platform.mlflow.files)
-    settings = settings.model_copy(update={"mlflow_uri": mlflow.uri})
+    return mlflow
+
+
+def test_mlflow_away(world: World, settings: Settings) -> None:
+    port = free_port()
+    settings = settings.model_copy(update={"mlflow_uri": f"http://127.0.0.1:{port}"})
+    mlflow = mlflow_of(world, port)
     with started(settings) as service, Load(service.port, world.users) as load:
         load.goes_on()
         mlflow.stop()
-        eventually(lambda: '"degraded"' in service.readiness()[1])
+        service.becomes(200, "degraded")
         world.platform.decide("promote", 2)
         eventually(lambda: service.client.get("/model").json()["refused"] is not None)
         assert service.client.get("/model").json()["refused"]["version"] == 2
-        assert service.readiness()[0] == 200
         load.goes_on()
-        world.platform.decide("rollback", 1)
-        eventually(lambda: service.client.get("/model").json()["refused"] is None)
+        returns = time.monotonic()
+        mlflow = mlflow_of(world, port)
+        service.becomes(200, "ready")
+        eventually(lambda: service.client.get("/model").json()["version"] == 2)
+        taken = time.monotonic()
+        load.goes_on()
+        mlflow.stop()
     assert {one.status for one in load.answers} == {200}
-    assert {one.body["model_version"] for one in load.answers} == {1}
+    assert {one.body["model_version"] for one in load.between(0, returns)} == {1}
+    assert {one.body["model_version"] for one in load.between(taken)} == {2}
     world.check_answers(load)
     world.check_log(load)
 
     with started(settings) as service, Load(service.port, world.users) as load:
         load.goes_on()
-        assert '"degraded"' in service.readiness()[1]
+        service.becomes(200, "degraded")
     assert {one.status for one in load.answers} == {200}
+    assert {one.body["model_version"] for one in load.answers} == {2}
     world.check_answers(load)
     world.check_log(load)
+    world.platform.decide("rollback", 1)

@@ -113,7 +113,7 @@ def train(seed: int, spec: ModelSpec = BASELINE, contract: Contract = CONTRACT) 
 class Mlflow:
     """The two endpoints of an MLflow server that the service uses, over real HTTP."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.files: dict[tuple[str, str], bytes] = {}
         self.status = 200
         world = self
@@ -135,7 +135,7 @@ class Mlflow:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         self.uri = f"http://127.0.0.1:{self._server.server_port}"
