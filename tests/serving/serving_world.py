@@ -114,7 +114,7 @@ def train(seed: int, spec: ModelSpec = BASELINE, contract: Contract = CONTRACT) 
 class Mlflow:
     """The two endpoints of an MLflow server that the service uses, over real HTTP."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.files: dict[tuple[str, str], bytes] = {}
         self.status = 200
         world = self
@@ -136,7 +136,7 @@ class Mlflow:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         self.uri = f"http://127.0.0.1:{self._server.server_port}"
@@ -265,10 +265,13 @@ def _part(url: str, name: str) -> str:
     return str(psycopg.conninfo.conninfo_to_dict(url)[name])
 
 
+NOW = datetime(2024, 3, 1, 12, 30, tzinfo=UTC)
+
+
 @contextmanager
-def running(settings: Settings) -> Iterator[httpx.Client]:
+def running(settings: Settings, clock: Callable[[], datetime] = lambda: NOW) -> Iterator[httpx.Client]:
     """The service on a free port, in a thread."""
-    app = create_app(settings, clock=lambda: datetime(2024, 3, 1, 12, 30, tzinfo=UTC))
+    app = create_app(settings, clock=clock)
     server = uvicorn.Server(uvicorn.Config(app, port=0, http="httptools", log_config=None, access_log=False))
     thread = threading.Thread(target=server.run)
     thread.start()

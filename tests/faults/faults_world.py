@@ -1,0 +1,295 @@
+"""A platform whose parts can be taken away, a load on the service, and what every answer to it must be."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+from uuid import uuid4
+
+import httpx
+import psutil
+from serving_world import FEATURES, FURTHER_FEATURES, Platform, eventually, problem
+
+from streamflow.database import Database
+from streamflow.embedded import _Server
+from streamflow.scoring import Scorer
+from streamflow.settings import PROJECT_ROOT, Settings
+
+CLIENTS = 6
+PAUSE_S = 0.01
+"""Between an answer and the next request of a client."""
+PATIENCE_S = 10.0
+"""How long a client waits for an answer; longer than anything may take."""
+RETURN_S = 10.0
+"""How long the service may take to be good again."""
+RETRY_AFTER = {"feature-store-unavailable": "2", "prediction-log-full": "2", "no-model": "5", "overloaded": "1"}
+"""The documented 503s of a prediction."""
+
+
+# --- PostgreSQL -------------------------------------------------------------------------------------------------------
+
+
+class PostgresServer:
+    """The embedded server of a folder, which comes back on the same port as your own does."""
+
+    def __init__(self, home: Path, database: Database) -> None:
+        self.database = database
+        self._server = _Server(home.resolve())
+        self._port = self._server._running()[3]
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        self._server._stop()
+        try:
+            yield
+        finally:
+            start = ["pg_ctl", "start", "--silent", "--wait", f"--pgdata={self._server.data}"]
+            self._server._run_or_refuse(self._server.data, [*start, f"--options=-p {self._port}"])
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        postmaster = psutil.Process(int(self._server._running()[0]))
+        postmaster.suspend()
+        processes = [postmaster, *postmaster.children(recursive=True)]
+        try:
+            for process in processes[1:]:
+                process.suspend()
+            yield
+        finally:
+            for process in processes:
+                process.resume()
+
+
+# --- the load ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one request; ``response`` is None and ``error`` says why where nothing came."""
+
+    user_id: str
+    sent: float
+    received: float
+    response: httpx.Response | None
+    error: str = ""
+
+    @property
+    def status(self) -> int | None:
+        return self.response.status_code if self.response else None
+
+    @property
+    def body(self) -> dict[str, Any]:
+        assert self.response is not None
+        content: dict[str, Any] = self.response.json()
+        return content
+
+
+class Load:
+    """Clients that ask for predictions of the users in turn, each as fast as it is answered, while the context is open.
+
+    All of them send ``name`` as their request id, by which the prediction log tells what they caused.
+    """
+
+    def __init__(self, port: int, users: Mapping[str, object]) -> None:
+        self.name = f"load-{uuid4()}"
+        self.answers: list[Answer] = []
+        self._url = f"http://127.0.0.1:{port}"
+        self._users = list(users)
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(CLIENTS)]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _ask(self, number: int) -> None:
+        headers = {"X-Request-ID": self.name}
+        with httpx.Client(base_url=self._url, timeout=PATIENCE_S, headers=headers, trust_env=False) as client:
+            while not self._stop.wait(PAUSE_S):
+                number += 1
+                user_id, sent = self._users[number % len(self._users)], time.monotonic()
+                try:
+                    response, error = client.post("/predict", json={"user_id": user_id}), ""
+                except httpx.TransportError as failure:
+                    response, error = None, repr(failure)
+                self.answers.append(Answer(user_id, sent, time.monotonic(), response, error))
+
+    def between(self, start: float, end: float = float("inf")) -> list[Answer]:
+        """The answers to what was asked after the start and answered before the end."""
+        return [one for one in self.answers if start < one.sent and one.received < end]
+
+    def goes_on(self, status: int | None = 200, *, count: int = 30, within_s: float = RETURN_S) -> None:
+        """Wait until that many requests that are sent from now on have come to this."""
+        start = time.monotonic()
+        eventually(lambda: sum(one.status == status for one in self.between(start)) >= count, within_s=within_s)
+
+    @property
+    def predictions(self) -> list[Answer]:
+        return [one for one in self.answers if one.status == 200]
+
+
+# --- the platform -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class World:
+    """A platform, its customers' features, and the models that were registered with their thresholds."""
+
+    platform: Platform
+    users: dict[str, dict[str, Any]] = field(default_factory=dict)
+    models: dict[int, tuple[Scorer, float]] = field(default_factory=dict)
+
+    @property
+    def database(self) -> Database:
+        return self.platform.database
+
+    def add_user(self, user_id: str, **changes: Any) -> None:
+        self.users[user_id] = {**FEATURES, **FURTHER_FEATURES, **changes}
+        self.platform.publish(user_id, **changes)
+
+    def register(self, version: int, artifact: bytes, threshold: float) -> None:
+        self.models[version] = (Scorer.from_bytes(artifact), threshold)
+        self.platform.register(version, artifact, threshold=threshold)
+
+    def expected(self, user_id: str, version: int) -> dict[str, Any]:
+        """What a prediction must say."""
+        scorer, threshold = self.models[version]
+        features = {feature.name: self.users[user_id][feature.name] for feature in scorer.features}
+        (probability,) = scorer.score([list(features.values())]).tolist()
+        return {
+            "user_id": user_id,
+            "prediction": int(probability >= threshold),
+            "probability": probability,
+            "threshold": threshold,
+            "model_version": version,
+            "run_id": f"run-{version}",
+            "features_used": features,
+        }
+
+    def logged(self, load: Load) -> dict[str, tuple[object, ...]]:
+        """What the prediction log has of a load by request id; fails if it has anything twice."""
+        query = """
+            SELECT request_id::text, user_id, probability, threshold, model_version, answered_at
+            FROM streamflow.predictions WHERE caller_request_id = %s
+        """
+        with self.database.connect() as connection:
+            rows = connection.execute(query, (load.name,)).fetchall()
+        found = {request_id: tuple(rest) for request_id, *rest in rows}
+        assert len(found) == len(rows), "a prediction is logged twice"
+        return found
+
+    def check_answers(self, load: Load, *unavailable: str) -> None:
+        """Every answer is the right prediction or one of these 503s."""
+        assert load.predictions
+        self.check(load.answers, *unavailable)
+
+    def check(self, answers: list[Answer], *unavailable: str) -> None:
+        for one in answers:
+            assert one.response is not None, one.error
+            if one.status == 200:
+                expected = self.expected(one.user_id, one.body["model_version"])
+                assert {name: one.body[name] for name in expected} == expected
+                assert one.body["request_id"] == one.response.headers["x-request-id"]
+            else:
+                name = one.body["type"].rpartition(":")[2]
+                problem(one.response, 503, name)
+                assert name in unavailable
+                assert one.response.headers["retry-after"] == RETRY_AFTER[name]
+
+    def check_log(self, load: Load) -> None:
+        """Every prediction that was answered gets into the log, once and as answered, and nothing else does."""
+        eventually(lambda: len(self.logged(load)) >= len(load.predictions))
+        logged = {request_id: row[:-1] for request_id, row in self.logged(load).items()}
+        columns = ("user_id", "probability", "threshold", "model_version")
+        bodies = [one.body for one in load.predictions]
+        assert logged == {body["request_id"]: tuple(body[name] for name in columns) for body in bodies}
+
+
+# --- the service ------------------------------------------------------------------------------------------------------
+
+
+class Service:
+    """The service as its own process; ``events`` are what it has logged."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+        self.process = process
+        self.port = port
+        self._log = log
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S, trust_env=False)
+
+    def readiness(self) -> tuple[int, str]:
+        """The status of ``/ready`` and what the answer says; 0 where nobody answers."""
+        try:
+            answer = self.client.get("/ready")
+        except httpx.TransportError as failure:
+            return 0, repr(failure)
+        if answer.status_code == 503:
+            assert answer.headers["retry-after"] == "2"
+            problem(answer, 503, "not-ready")
+        return answer.status_code, answer.text
+
+    def becomes(self, status: int, says: str = "", within_s: float = RETURN_S) -> None:
+        """Wait until ``/ready`` answers with this status and, if given, state."""
+        eventually(lambda: self._is(status, says), within_s=within_s)
+
+    def _is(self, status: int, says: str) -> bool:
+        found, answer = self.readiness()
+        return found == status and (not says or json.loads(answer)["status"] == says)
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._log.read_text().splitlines()]
+
+    @property
+    def defects(self) -> list[dict[str, Any]]:
+        """What it logged as errors, but for versions that it refuses."""
+        errors = [event for event in self.events if event["level"] in ("error", "critical")]
+        return [event for event in errors if event["event"] != "model_refused"]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def started(settings: Settings, patch: str | None = None) -> Iterator[Service]:
+    """``python -m serving``, ready; with a patch the same after that statement.
+
+    Unless the test has ended it, it must stop on SIGTERM with 0. It must log no error.
+    """
+    command = ["-m", "serving"]
+    if patch is not None:
+        command = ["-c", f"{patch}\nfrom serving.__main__ import main\nraise SystemExit(main())"]
+    environment = {**os.environ, **settings.environment()}
+    log = settings.home / f"serving-{uuid4()}.log"
+    with (
+        log.open("wb") as stderr,
+        subprocess.Popen([sys.executable, *command], env=environment, cwd=PROJECT_ROOT, stderr=stderr) as process,
+    ):
+        service = Service(process, settings.api_port, log)
+        try:
+            service.becomes(200, within_s=60)
+            yield service
+            if process.poll() is None:
+                process.terminate()
+                assert process.wait(20) == 0
+        finally:
+            process.kill()
+            process.wait()
+            service.client.close()
+    assert service.defects == []

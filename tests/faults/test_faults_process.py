@@ -1,0 +1,61 @@
+"""The service told to stop, and killed, under load."""
+
+import signal
+import time
+
+from faults_world import Load, World, started
+from serving_world import HalfRequest, eventually, metric, metrics_of
+
+from streamflow.settings import Settings
+
+UNLOGGED_S = 0.5
+"""How long before a kill a prediction must have been answered to be in the log for certain."""
+
+
+def test_a_stop_answers_what_was_accepted_and_logs_it(world: World, settings: Settings) -> None:
+    with started(settings) as service, Load(service.port, world.users) as load:
+        load.goes_on()
+        half = [HalfRequest(service.port, {"X-Request-ID": load.name}, user_id) for user_id in world.users]
+        eventually(lambda: metric(metrics_of(service.client), "requests_in_flight") > len(half))
+        stopped = time.monotonic()
+        service.process.send_signal(signal.SIGTERM)
+        load.goes_on(None)
+        assert service.process.poll() is None
+        finished = [request.finish() for request in half]
+        assert service.process.wait(15) == 0
+    assert finished == [200] * len(half)
+    assert all(one.received > stopped for one in load.answers if one.response is None)
+    world.check([one for one in load.answers if one.response])
+    logged = world.logged(load)
+    answered = {one.body["request_id"] for one in load.predictions}
+    assert answered < set(logged)
+    assert len(logged) == len(answered) + len(half)
+
+
+def test_a_kill_loses_only_the_newest_rows_and_the_next_start_takes_up_the_rest(
+    world: World, settings: Settings
+) -> None:
+    spilled = settings.home / "cache" / "predictions"
+    with started(settings) as service, Load(service.port, world.users) as load:
+        load.goes_on()
+        with world.database.connect(owner=True) as busy:
+            busy.execute("LOCK TABLE streamflow.predictions IN ACCESS EXCLUSIVE MODE")
+            eventually(lambda: metric(metrics_of(service.client), "prediction_log_spilled_rows") > 50)
+            load.goes_on()
+            killed = time.monotonic()
+            service.process.kill()
+            service.process.wait()
+        (left,) = spilled.glob("*.jsonl")
+        assert left.stat().st_size > 0
+        load.goes_on(None)
+        with started(settings) as next_service:
+            load.goes_on()
+            eventually(lambda: not left.exists())
+        assert "spilled_predictions_taken_up" in [event["event"] for event in next_service.events]
+    assert all(one.received > killed for one in load.answers if one.response is None)
+    world.check([one for one in load.answers if one.response], "no-model")
+    logged = world.logged(load)
+    lost = [one for one in load.predictions if one.body["request_id"] not in logged]
+    assert len(load.predictions) - len(lost) > 100
+    assert all(killed - UNLOGGED_S < one.received for one in lost)
+    assert all(one.sent < killed for one in lost)
