@@ -3,7 +3,6 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import pytest
 from faults_world import Load, PostgresServer, Service, World
 from serving_world import eventually, problem
@@ -44,7 +43,7 @@ def test_all_connections_in_use(world: World, service: Service) -> None:
         with world.database.connect() as holder, world.database.connect() as watcher:
             watcher.autocommit = True
             holder.execute("LOCK TABLE online.usage_agg_30d_fv IN ACCESS EXCLUSIVE MODE")
-            answers = [callers.submit(httpx.get, f"{service.client.base_url}/features/{user}") for user in asked]
+            answers = [callers.submit(service.client.get, f"/features/{user}") for user in asked]
             eventually(lambda: watcher.execute(waiting).fetchone() == (CONNECTIONS,))
             load.goes_on(503, count=2)
         service.becomes(200)
