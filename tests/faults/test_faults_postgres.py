@@ -4,7 +4,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from faults_world import Load, PostgresServer, Service, World
+from faults_world import RETURN_S, Load, PostgresServer, Service, World
 from serving_world import eventually, problem
 
 from serving.postgres import CONNECTIONS
@@ -25,9 +25,11 @@ def test_a_server_that_is_away_and_returns(
             assert '"feature_store"' in service.readiness()[1]
             load.goes_on(503, count=12)
             returns = time.monotonic()
+        returned = time.monotonic()
         service.becomes(200)
         load.goes_on()
     assert {one.status for one in load.between(away, returns)} == {503}
+    assert min(one.received for one in load.between(returned) if one.status == 200) < returned + RETURN_S
     world.check_answers(load, AWAY)
     world.check_log(load)
 
