@@ -83,7 +83,7 @@ class Answer:
 
     @property
     def status(self) -> int | None:
-        return self.response.status_code if self.response else None
+        return None if self.response is None else self.response.status_code
 
     @property
     def body(self) -> dict[str, Any]:
@@ -202,12 +202,12 @@ class World:
             assert one.response is not None, one.error
             if one.status == 200:
                 expected = self.expected(one.user_id, one.body["model_version"])
-                assert {name: one.body[name] for name in expected} == expected
+                assert {name: one.body[name] for name in expected} == expected, (one.body, expected)
                 assert one.body["request_id"] == one.response.headers["x-request-id"]
             else:
                 name = one.body["type"].rpartition(":")[2]
                 problem(one.response, 503, name)
-                assert name in unavailable
+                assert name in unavailable, name
                 assert one.response.headers["retry-after"] == RETRY_AFTER[name]
 
     def check_log(self, load: Load) -> None:
@@ -216,7 +216,8 @@ class World:
         logged = {request_id: row[:-1] for request_id, row in self.logged(load).items()}
         columns = ("user_id", "probability", "threshold", "model_version")
         bodies = [one.body for one in load.predictions]
-        assert logged == {body["request_id"]: tuple(body[name] for name in columns) for body in bodies}
+        answered = {body["request_id"]: tuple(body[name] for name in columns) for body in bodies}
+        assert logged == answered, f"not logged, or not answered: {logged.items() ^ answered.items()}"
 
 
 # --- the service ------------------------------------------------------------------------------------------------------
@@ -292,4 +293,4 @@ def started(settings: Settings, patch: str | None = None) -> Iterator[Service]:
             process.kill()
             process.wait()
             service.client.close()
-    assert service.defects == []
+    assert service.defects == [], service.defects

@@ -3,9 +3,8 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import pytest
-from faults_world import Load, PostgresServer, Service, World
+from faults_world import RETURN_S, Load, PostgresServer, Service, World
 from serving_world import eventually, problem
 
 from serving.postgres import CONNECTIONS
@@ -26,9 +25,11 @@ def test_a_server_that_is_away_and_returns(
             assert '"feature_store"' in service.readiness()[1]
             load.goes_on(503, count=12)
             returns = time.monotonic()
+        returned = time.monotonic()
         service.becomes(200)
         load.goes_on()
     assert {one.status for one in load.between(away, returns)} == {503}
+    assert min(one.received for one in load.between(returned) if one.status == 200) < returned + RETURN_S
     world.check_answers(load, AWAY)
     world.check_log(load)
 
@@ -44,7 +45,7 @@ def test_all_connections_in_use(world: World, service: Service) -> None:
         with world.database.connect() as holder, world.database.connect() as watcher:
             watcher.autocommit = True
             holder.execute("LOCK TABLE online.usage_agg_30d_fv IN ACCESS EXCLUSIVE MODE")
-            answers = [callers.submit(httpx.get, f"{service.client.base_url}/features/{user}") for user in asked]
+            answers = [callers.submit(service.client.get, f"/features/{user}") for user in asked]
             eventually(lambda: watcher.execute(waiting).fetchone() == (CONNECTIONS,))
             load.goes_on(503, count=2)
         service.becomes(200)
