@@ -16,6 +16,8 @@ from streamflow.scoring import sha256
 
 PROBE_S = 2.0
 DOWNLOAD_S = 30.0
+KEPT = 8
+"""Artifacts in the cache; of more, those that were not used for longest are removed."""
 NOT_CONFIGURED = "no MLflow server is configured; set STREAMFLOW_MLFLOW_URI"
 
 
@@ -66,17 +68,29 @@ class Artifacts:
             self._cache.mkdir(parents=True, exist_ok=True)
             partial.write_bytes(data)
             partial.replace(cached)
+            for least_used in sorted(self._cache.iterdir(), key=_used_at, reverse=True)[KEPT:]:
+                least_used.unlink(missing_ok=True)
         except OSError as failure:
             log(logging.ERROR, "artifact_not_cached", path=cached, reason=str(failure))
 
 
-def _read(cached: Path) -> bytes:
-    """What is cached; nothing, which has no model's digest, if nothing can be read."""
+def _used_at(cached: Path) -> float:
     try:
-        return cached.read_bytes()
+        return cached.stat().st_mtime
+    except FileNotFoundError:  # another worker was quicker
+        return 0.0
+
+
+def _read(cached: Path) -> bytes:
+    """What is cached, noted as used; nothing, which has no model's digest, if nothing can be read."""
+    try:
+        data = cached.read_bytes()
     except OSError as failure:
         log(logging.INFO, "artifact_not_in_cache", path=cached, reason=failure.strerror)
         return b""
+    with contextlib.suppress(OSError):  # a cache that may only be read
+        os.utime(cached)
+    return data
 
 
 @contextlib.asynccontextmanager

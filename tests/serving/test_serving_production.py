@@ -1,8 +1,11 @@
 """Which model is served: promotion, rollback, refusal, the cache, and what /ready says meanwhile."""
 
+import asyncio
+import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -21,7 +24,7 @@ from serving_world import (
 )
 
 import serving.production
-from serving.artifacts import NOT_CONFIGURED
+from serving.artifacts import KEPT, NOT_CONFIGURED, Artifacts
 from serving.production import REFUSED_RETRY_S
 from streamflow.contract import CONTRACT
 from streamflow.embedded import PLATFORM_ROLE
@@ -335,3 +338,23 @@ def test_a_cache_that_cannot_be_written_is_no_reason_not_to_serve(
     platform.promote(1, artifacts[0])
     api = serve(settings)
     eventually(lambda: predict(api).status_code == 200)
+
+
+def test_the_artifacts_that_were_not_used_for_longest_leave_the_cache(tmp_path: Path, mlflow: Mlflow) -> None:
+    old = [(f"artifact {number}".encode(), 1_000_000 + number) for number in range(KEPT + 2)]
+    for data, used_at in old:
+        (tmp_path / sha256(data)).write_bytes(data)
+        os.utime(tmp_path / sha256(data), (used_at, used_at))
+    (tmp_path / "of a killed process.partial").write_bytes(b"")
+    os.utime(tmp_path / "of a killed process.partial", (1, 1))
+    mlflow.files["run", "scorer.bin"] = b"new"
+
+    async def load() -> None:
+        async with Artifacts(mlflow.uri, tmp_path) as artifacts:
+            oldest = old[0][0]
+            assert await artifacts.load("run", "gone from MLflow", sha256(oldest)) == oldest
+            assert await artifacts.load("run", "scorer.bin", sha256(b"new")) == b"new"
+
+    asyncio.run(load())
+    kept = [data for data, _ in old[-(KEPT - 2) :]]
+    assert {file.name for file in tmp_path.iterdir()} == {sha256(data) for data in (*kept, old[0][0], b"new")}
