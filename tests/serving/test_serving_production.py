@@ -24,7 +24,8 @@ from serving_world import (
 )
 
 import serving.production
-from serving.artifacts import KEPT, NOT_CONFIGURED, Artifacts
+from serving import artifacts as model_cache
+from serving.artifacts import KEPT, NOT_CONFIGURED
 from serving.production import REFUSED_RETRY_S
 from streamflow.contract import CONTRACT
 from streamflow.embedded import PLATFORM_ROLE
@@ -350,7 +351,7 @@ def test_the_artifacts_that_were_not_used_for_longest_leave_the_cache(tmp_path: 
     mlflow.files["run", "scorer.bin"] = b"new"
 
     async def load() -> None:
-        async with Artifacts(mlflow.uri, tmp_path) as artifacts:
+        async with model_cache.Artifacts(mlflow.uri, tmp_path) as artifacts:
             oldest = old[0][0]
             assert await artifacts.load("run", "gone from MLflow", sha256(oldest)) == oldest
             assert await artifacts.load("run", "scorer.bin", sha256(b"new")) == b"new"
