@@ -60,7 +60,7 @@ TheService = NamedDependency[SkipValidation[Service]]
 
 
 class JsonRequest(Request[Any, Any, Any]):
-    """A request whose body is JSON or refused."""
+    """A request whose body is JSON in UTF-8, not compressed, or refused."""
 
     async def body(self) -> bytes:
         """The bytes of the body; raises a ClientException with status 400 if there are none."""
@@ -74,12 +74,17 @@ class JsonRequest(Request[Any, Any, Any]):
 
     async def json(self) -> Any:
         """The decoded body; raises a ClientException with status 415 or 400."""
-        if self.content_type[0].lower() != "application/json":
-            raise ClientException("send the body as application/json", status_code=415)
+        media_type, parameters = self.content_type
+        if media_type.lower() != "application/json" or parameters.get("charset", "utf-8").lower() != "utf-8":
+            raise ClientException("send the body as application/json in UTF-8", status_code=415)
+        if self.headers.get("content-encoding", "identity").lower() != "identity":
+            raise ClientException("send the body without a Content-Encoding", status_code=415)
         try:
             return await super().json()
         except RecursionError:
             raise SerializationException("the body is nested too deeply") from None
+        except UnicodeDecodeError:
+            raise SerializationException("the body is not UTF-8") from None
 
 
 @post(

@@ -44,7 +44,18 @@ JSON = {"content-type": "application/json"}
         (b'{"user_id": "a", "threshold": 0.1}', "threshold"),
         (b'{"user_id": "a\\n"}', "user_id"),
         (b'{"user_id": NaN}', "malformed"),
+        (b'{"user_id": -Infinity}', "malformed"),
+        (b'{"user_id": 1e999}', "out of range"),
+        (b'{"user_id": "a"} {"user_id": "a"}', "trailing"),
+        (b'{"user_id": "\xe9"}', "UTF-8"),
+        (b'{"user_id": "\xed\xa0\x80"}', "UTF-8"),
+        (b'{"\xff": 1}', "UTF-8"),
+        (b'{"user_id": "\\ud800"}', "truncated"),
+        (b'\xef\xbb\xbf{"user_id": "a"}', "malformed"),
+        ('{"user_id": "a"}'.encode("utf-16"), "malformed"),
+        ('{"user_id": "a"}'.encode("utf-16-le"), "malformed"),
         (b"[" * 60_000, "nested"),
+        (b'{"user_id": "a", "x": ' + b"[" * 20_000 + b"]" * 20_000 + b"}", "nested"),
         (b'{"user_id": "' + b"a" * 65 + b'"}', "user_id"),
     ],
 )
@@ -54,17 +65,43 @@ def test_a_malformed_body_is_400_and_says_where(shared_api: httpx.Client, body: 
     problem(shared_api.post("/predict/batch", content=body, headers=JSON), 400, "malformed-request")
 
 
-@pytest.mark.parametrize("media_type", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
-def test_another_media_type_is_415(shared_api: httpx.Client, media_type: str | None) -> None:
-    headers = {"content-type": media_type} if media_type else {}
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"content-type": "text/plain"},
+        {"content-type": "application/x-www-form-urlencoded"},
+        {"content-type": "multipart/form-data"},
+        {"content-type": "application/problem+json"},
+        {"content-type": ";;="},
+        {"content-type": "application/json; charset=latin-1"},
+        {"content-type": "application/json; charset=utf-16"},
+        JSON | {"content-encoding": "gzip"},
+        JSON | {"content-encoding": "identity, br"},
+    ],
+)
+def test_another_media_type_charset_or_encoding_is_415(shared_api: httpx.Client, headers: dict[str, str]) -> None:
     content = json.dumps({"user_id": KNOWN}).encode()
     problem(shared_api.post("/predict", content=content, headers=headers), 415, "unsupported-media-type")
 
 
-def test_json_with_a_charset_is_json(shared_api: httpx.Client) -> None:
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"content-type": "Application/JSON; charset=utf-8"},
+        {"content-type": 'application/json;charset="UTF-8"'},
+        {"content-type": "application/json; profile=x"},
+        JSON | {"content-encoding": "identity"},
+    ],
+)
+def test_what_says_in_more_words_that_it_is_json_is_json(shared_api: httpx.Client, headers: dict[str, str]) -> None:
     content = json.dumps({"user_id": KNOWN}).encode()
-    headers = {"content-type": "Application/JSON; charset=utf-8"}
     assert shared_api.post("/predict", content=content, headers=headers).status_code == 200
+
+
+def test_of_a_key_given_twice_the_last_counts(shared_api: httpx.Client) -> None:
+    content = f'{{"user_id": "nobody", "user_id": "{KNOWN}"}}'.encode()
+    assert shared_api.post("/predict", content=content, headers=JSON).json()["user_id"] == KNOWN
 
 
 def _chunks() -> Iterator[bytes]:
