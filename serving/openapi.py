@@ -16,6 +16,7 @@ from litestar.plugins import OpenAPISchemaPlugin
 from litestar.typing import FieldDefinition
 
 from serving.auth import EITHER, SECURITY_SCHEMES
+from serving.examples import CompletedOpenAPIConfig
 from serving.schemas import Features, Outcome, Prediction, Problem
 from streamflow.contract import Column, Contract, FeatureService
 
@@ -29,7 +30,7 @@ TYPES = {
 
 def openapi_config(*, with_keys: bool) -> OpenAPIConfig:
     """Where the description is served: the page at /schema, JSON at /schema/openapi.json; says if keys are on."""
-    return OpenAPIConfig(
+    return CompletedOpenAPIConfig(
         title="StreamFlow",
         version="1",
         description="Churn predictions by the Production model, with the features that they came from.",

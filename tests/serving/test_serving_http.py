@@ -15,6 +15,7 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator, FormatChecker
 from litestar.exceptions import HTTPException
 from litestar.testing import TestClient
 from serving_world import KNOWN, predict, problem, with_a_new_feature
@@ -286,6 +287,43 @@ def test_the_description_names_every_problem_of_predict(shared_settings: Setting
     responses = _openapi(shared_settings, CONTRACT)["paths"]["/predict"]["post"]["responses"]
     assert set(responses) == {"200", "400", "401", "404", "413", "415", "422", "503"}
     assert all("application/problem+json" in responses[status]["content"] for status in responses if status != "200")
+
+
+def _bodies(operation: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for body in (operation.get("requestBody", {}), *operation["responses"].values()):
+        yield from body.get("content", {}).values()
+
+
+def test_every_body_has_examples_and_they_are_valid(shared_settings: Settings) -> None:
+    for contract in (CONTRACT, with_a_new_feature()):
+        description = _openapi(shared_settings, contract)
+        for path, methods in description["paths"].items():
+            for content in _bodies(methods.popitem()[1]):
+                schema = {**content["schema"], "components": description["components"]}
+                assert ("example" in content) != ("examples" in content), path
+                examples = [each["value"] for each in content.get("examples", {}).values()] or [content["example"]]
+                for example in examples:
+                    Draft202012Validator(schema, format_checker=FormatChecker()).validate(example)
+    answers = _openapi(shared_settings, CONTRACT)["paths"]["/predict"]["post"]["responses"]
+    example = answers["200"]["content"]["application/json"]["example"]
+    assert list(example["features_used"]) == CONTRACT.services[0].names
+    problems = answers["503"]["content"]["application/problem+json"]["examples"]
+    assert {name: each["value"]["type"] for name, each in problems.items()} == {
+        name: f"urn:streamflow:problem:{name}"
+        for name in ("stale-features", "overloaded", "no-model", "feature-store-unavailable", "prediction-log-full")
+    }
+    assert set(problems["no-model"]) == {"summary", "value"}
+
+
+def test_the_description_says_which_headers_an_answer_has(shared_settings: Settings) -> None:
+    description = _openapi(shared_settings, CONTRACT)
+    for methods in description["paths"].values():
+        for status, answer in methods.popitem()[1]["responses"].items():
+            told = {"401": {"WWW-Authenticate"}, "503": {"Retry-After"}}.get(status, set())
+            assert set(answer["headers"]) == {"X-Request-ID", "X-Caller-Request-ID"} | told
+            assert all(each["$ref"] == f"#/components/headers/{name}" for name, each in answer["headers"].items())
+    required = {name for name, header in description["components"]["headers"].items() if header.get("required")}
+    assert required == {"X-Request-ID", "WWW-Authenticate", "Retry-After"}
 
 
 class _Links(HTMLParser):
