@@ -4,10 +4,17 @@ import gzip
 import http.client
 import json
 import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
-from serving_world import KNOWN, problem
+from serving_world import KNOWN, eventually, problem, running
+
+from streamflow.api_keys import make_key
+from streamflow.settings import Settings
 
 PATIENCE_S = 10
 BODY = json.dumps({"user_id": KNOWN}).encode()
@@ -113,3 +120,31 @@ def test_who_goes_away_in_the_middle_leaves_the_service_well(shared_api: httpx.C
     with pytest.raises(http.client.RemoteDisconnected):
         _answer(shared_api, sent, ended=True)
     assert shared_api.get("/health").status_code == 200
+
+
+@pytest.fixture(scope="module")
+def guarded_api(shared_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """The service with API keys on; the client shows one."""
+    keys = tmp_path_factory.mktemp("keys") / "api_keys"
+    key = make_key(keys, "ada")
+    with running(shared_settings.model_copy(update={"api_keys_file": keys})) as client:
+        eventually(lambda: client.get("/ready").status_code == 200)
+        client.headers["Authorization"] = f"Bearer {key}"
+        yield client
+
+
+@pytest.mark.parametrize("fixture", ["shared_api", "guarded_api"])
+def test_nothing_that_schemathesis_tries_is_answered_otherwise_than_described(
+    request: pytest.FixtureRequest, tmp_path: Path, fixture: str
+) -> None:
+    """All checks; those of deleted resources and of object-level authorization find nothing to apply to."""
+    api: httpx.Client = request.getfixturevalue(fixture)
+    headers = [f"--header=Authorization: {key}" for key in [api.headers.get("Authorization")] if key]
+    command = [sys.executable, "-m", "schemathesis.cli", "run", str(api.base_url.join("/schema/openapi.json"))]
+    options = ["--checks=all", "--max-examples=20", "--generation-deterministic", "--continue-on-failure", "--no-color"]
+    done = subprocess.run(
+        [*command, *options, f"--request-timeout={PATIENCE_S}", *headers], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Tested: 7\n" in done.stdout
+    assert "WARNING" not in done.stdout.upper()
