@@ -168,7 +168,7 @@ async def health() -> Alive:
 
 @get(
     "/ready",
-    response_description="Predictions can be answered; `degraded`: not everything is well.",
+    response_description="Predictions can be answered; degraded: not everything is well.",
     responses=documented(NotReady),
     security=OPEN,
 )

@@ -41,7 +41,10 @@ class PredictRequest(Struct, forbid_unknown_fields=True):
 class BatchRequest(Struct, forbid_unknown_fields=True):
     """Whom to score, in the order of the answer."""
 
-    user_ids: Annotated[list[ListedUserId], Meta(max_length=MAX_BATCH, examples=[[EXAMPLE_USER_ID, "5575-GNVDE"]])]
+    user_ids: Annotated[
+        list[ListedUserId],
+        Meta(max_length=MAX_BATCH, description="Up to 1,000 customers.", examples=[[EXAMPLE_USER_ID, "5575-GNVDE"]]),
+    ]
 
 
 class Outcome(Struct):
