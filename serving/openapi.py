@@ -1,5 +1,6 @@
 """The API's description: features listed from the contract, and a page that needs no internet."""
 
+import json
 from collections.abc import Iterator
 from html import escape
 from http import HTTPStatus
@@ -16,6 +17,7 @@ from litestar.plugins import OpenAPISchemaPlugin
 from litestar.typing import FieldDefinition
 
 from serving.auth import EITHER, SECURITY_SCHEMES
+from serving.examples import BY_STATUS, HEADERS, CompletedOpenAPIConfig
 from serving.schemas import Features, Outcome, Prediction, Problem
 from streamflow.contract import Column, Contract, FeatureService
 
@@ -29,7 +31,7 @@ TYPES = {
 
 def openapi_config(*, with_keys: bool) -> OpenAPIConfig:
     """Where the description is served: the page at /schema, JSON at /schema/openapi.json; says if keys are on."""
-    return OpenAPIConfig(
+    return CompletedOpenAPIConfig(
         title="StreamFlow",
         version="1",
         description="Churn predictions by the Production model, with the features that they came from.",
@@ -127,20 +129,26 @@ class OfflinePage(OpenAPIRenderPlugin):
                 for path, operations in description["paths"].items()
                 for method, operation in operations.items()
             ),
+            headers=_table(("header", "when", "meaning"), [_header(name, about) for name, about in HEADERS.items()]),
             schemas="".join(_schema(name, schemas[name]) for name in sorted(schemas)),
         ).encode()
 
 
 PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title><link rel="icon" href="data:,">
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-h2 {{ margin-top: 2.5rem }} h3 {{ margin-bottom: 0 }}
-code {{ font-size: 14px }} table {{ border-collapse: collapse; width: 100% }}
+h2 {{ margin-top: 2.5rem }} h3 {{ margin: 2rem 0 .5rem }} h3 code {{ font-size: 16px }} p {{ margin: .5rem 0 }}
+code, pre {{ font-size: 14px }} pre {{ background: #f5f5f5; padding: .75rem; overflow-x: auto; margin: .25rem 0 }}
+summary {{ cursor: pointer }} table {{ border-collapse: collapse; width: 100%; table-layout: fixed }}
 td, th {{ border-bottom: 1px solid #ddd; padding: .25rem .75rem .25rem 0; text-align: left; vertical-align: top }}
+td {{ overflow-wrap: anywhere }}
+th:first-child {{ width: 33% }} th:nth-child(2) {{ width: 22% }} .answers th:first-child {{ width: 10% }}
 </style>
 <h1>{title}</h1><p>{description} <a href="{json}">OpenAPI as JSON</a></p>
 <h2>Routes</h2>{routes}
+<h2>Headers of answers</h2>{headers}
 <h2>Schemas</h2>{schemas}
 </html>
 """
@@ -152,11 +160,27 @@ def _route(path: str, method: str, operation: dict[str, Any]) -> str:
         (status, _content_type(answer.get("content", {})), answer["description"])
         for status, answer in sorted(operation["responses"].items())
     ]
-    takes = f"<p>Body: {_content_type(body)}</p>" if body else ""
+    answer = _examples(operation["responses"]["200"]["content"])
+    takes = f"<p>Body: {_content_type(body)}</p>{_examples(body)}" if body else ""
     return (
         f"<h3><code>{method.upper()} {escape(path)}</code></h3><p>{escape(operation.get('description', ''))}</p>"
-        f"{takes}{_table(('status', 'answer', 'meaning'), answers)}"
+        f'{takes}<div class="answers">{_table(("status", "answer", "meaning"), answers)}</div>'
+        f"<details><summary>Example of an answer</summary>{answer}</details>"
     )
+
+
+def _examples(content: dict[str, Any]) -> str:
+    return "".join(
+        f"<pre>{escape(example if isinstance(example, str) else json.dumps(example, indent=2))}</pre>"
+        for entry in content.values()
+        for example in ([each["value"] for each in entry.get("examples", {}).values()] or [entry["example"]])
+    )
+
+
+def _header(name: str, about: dict[str, Any]) -> tuple[str, str, str]:
+    statuses = [status for status, names in BY_STATUS.items() if name in names]
+    when = f"status {', '.join(statuses)}" if statuses else "always" if about.get("required") else "where sent"
+    return name, when, about["description"]
 
 
 def _content_type(content: dict[str, Any]) -> str:

@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from http import HTTPStatus
 from typing import Any
 from uuid import uuid4
 
 import msgspec
 from litestar import Request, Response
-from litestar.exceptions import HTTPException
+from litestar.exceptions import ClientException, HTTPException
 from litestar.openapi.datastructures import ResponseSpec
+from litestar.openapi.spec import Example
 from litestar.types import Scope, Send
 from msgspec import UNSET
 
@@ -17,9 +19,11 @@ from serving.auth import CHALLENGE, Unauthorized
 from serving.features import IncompleteFeatures, MissingFeatures, UnknownUser
 from serving.prediction_log import PredictionLogFull
 from serving.predictor import StaleFeatures, UnscorableUser
-from serving.production import Check, NoModel, State
-from serving.schemas import Problem, ReadinessCheck
+from serving.production import NOTHING_PROMOTED, Check, NoModel, State
+from serving.schemas import EXAMPLE_REQUEST_ID, EXAMPLE_USER_ID, Problem, ReadinessCheck
+from streamflow.contract import CONTRACT
 from streamflow.errors import StreamFlowError, WarehouseUnavailable
+from streamflow.scoring import ScorerFeature, UnscorableFeatures
 
 MEDIA_TYPE = "application/problem+json"
 FIELDS = {"data": "body"}
@@ -163,16 +167,46 @@ def new_request_id() -> str:
 
 
 def documented(*causes: type[Exception] | int) -> dict[int, ResponseSpec]:
-    """The OpenAPI entries for the problems that a route can answer with."""
-    by_status: dict[int, list[str]] = {}
+    """The OpenAPI entries for the problems that a route can answer with, each with an example."""
+    by_status: dict[int, list[type[Exception] | int]] = {}
     for cause in causes:
-        by_status.setdefault(KINDS[cause].status.value, []).append(KINDS[cause].title)
+        by_status.setdefault(KINDS[cause].status.value, []).append(cause)
     return {
         status: ResponseSpec(
             Problem,
-            description="; ".join(titles),
+            description="; ".join(KINDS[cause].title for cause in causes),
             media_type=MEDIA_TYPE,
             generate_examples=False,
+            examples=[_example(cause) for cause in causes],
         )
-        for status, titles in by_status.items()
+        for status, causes in by_status.items()
     }
+
+
+def _example(cause: type[Exception] | int) -> Example:
+    kind = KINDS[cause]
+    body = problem(EXAMPLES[cause], EXAMPLE_REQUEST_ID)
+    return Example(id=kind.name, summary=kind.title, value=msgspec.to_builtins(body))
+
+
+_FEATURE = ScorerFeature(CONTRACT.services[0].names[0], CONTRACT.views[0].name, "integer", (), ())
+EXAMPLES: dict[type[Exception] | int, Exception] = {
+    UnknownUser: UnknownUser(f"the feature store does not know user {EXAMPLE_USER_ID}", CONTRACT.services[0].names),
+    IncompleteFeatures: IncompleteFeatures(
+        f"the feature store lacks features of user {EXAMPLE_USER_ID}: {_FEATURE.name}", [_FEATURE.name]
+    ),
+    UnscorableUser: UnscorableUser(EXAMPLE_USER_ID, UnscorableFeatures(0, _FEATURE, 1e300)),
+    StaleFeatures: StaleFeatures(EXAMPLE_USER_ID, date(2024, 1, 31), 45),
+    NoModel: NoModel(NOTHING_PROMOTED),
+    WarehouseUnavailable: WarehouseUnavailable("PostgreSQL does not answer; the log says why"),
+    PredictionLogFull: PredictionLogFull(
+        "predictions cannot be logged now, and none is answered unlogged; the log says why"
+    ),
+    NotReady: NotReady([Check("feature_store", State.UNAVAILABLE, "PostgreSQL does not answer; the log says why")]),
+    Overloaded: Overloaded(),
+    Unauthorized: Unauthorized(),
+    400: ClientException("user_id: Expected `str`, got `int`"),
+    413: ClientException("Request Entity Too Large", status_code=413),
+    415: ClientException("send the body as application/json in UTF-8", status_code=415),
+}
+"""One of each that a route documents."""

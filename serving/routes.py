@@ -8,6 +8,7 @@ from litestar import MediaType, Request, get, post
 from litestar.di import NamedDependency
 from litestar.exceptions import ClientException, InternalServerException, SerializationException
 from litestar.openapi.datastructures import ResponseSpec
+from litestar.openapi.spec import Example
 from litestar.params import JSONBody, Parameter, SkipValidation
 from litestar.response.base import ASGIResponse
 from msgspec import UNSET
@@ -20,6 +21,7 @@ from serving.predictor import Predictor, Scored, StaleFeatures, UnscorableUser
 from serving.problems import NotReady, Overloaded, documented, new_request_id, problem, readiness_checks, request_id_of
 from serving.production import NoModel, ProductionModel, State
 from serving.schemas import (
+    EXAMPLE_USER_ID,
     WHOLE_USER_ID,
     Alive,
     BatchAnswer,
@@ -44,6 +46,7 @@ UNAVAILABLE = (*REFUSED, NoModel, WarehouseUnavailable)
 OPEN: list[dict[str, list[str]]] = [{}]
 """What a route asks for that anybody may use, in OpenAPI."""
 BODY = (400, 413, 415)
+METRICS = 'streamflow_requests_total{route="/predict",status="200"} 1.0\n'
 USER = (UnknownUser, IncompleteFeatures)
 
 _encode = msgspec.json.Encoder().encode
@@ -63,7 +66,7 @@ TheService = NamedDependency[SkipValidation[Service]]
 
 
 class JsonRequest(Request[Any, Any, Any]):
-    """A request whose body is JSON or refused."""
+    """A request whose body is JSON in UTF-8, not compressed, or refused."""
 
     async def body(self) -> bytes:
         """The bytes of the body; raises a ClientException with status 400 if there are none."""
@@ -77,12 +80,17 @@ class JsonRequest(Request[Any, Any, Any]):
 
     async def json(self) -> Any:
         """The decoded body; raises a ClientException with status 415 or 400."""
-        if self.content_type[0].lower() != "application/json":
-            raise ClientException("send the body as application/json", status_code=415)
+        media_type, parameters = self.content_type
+        if media_type.lower() != "application/json" or parameters.get("charset", "utf-8").lower() != "utf-8":
+            raise ClientException("send the body as application/json in UTF-8", status_code=415)
+        if self.headers.get("content-encoding", "identity").lower() != "identity":
+            raise ClientException("send the body without a Content-Encoding", status_code=415)
         try:
             return await super().json()
         except RecursionError:
             raise SerializationException("the body is nested too deeply") from None
+        except UnicodeDecodeError:
+            raise SerializationException("the body is not UTF-8") from None
 
 
 @post(
@@ -90,7 +98,9 @@ class JsonRequest(Request[Any, Any, Any]):
     status_code=200,
     request_max_body_size=MAX_BODY,
     responses={
-        200: ResponseSpec(Prediction, description="The prediction and everything it came from."),
+        200: ResponseSpec(
+            Prediction, generate_examples=False, description="The prediction and everything it came from."
+        ),
         **documented(*BODY, *USER, UnscorableUser, StaleFeatures, *UNAVAILABLE, PredictionLogFull),
     },
 )
@@ -109,6 +119,7 @@ async def predict(data: JSONBody[PredictRequest], request: JsonRequest, service:
     "/predict/batch",
     status_code=200,
     request_max_body_size=MAX_BATCH_BODY,
+    response_description="A prediction or a problem for each, in the order asked for.",
     responses=documented(*BODY, *UNAVAILABLE, PredictionLogFull),
 )
 async def predict_batch(data: JSONBody[BatchRequest], request: JsonRequest, service: TheService) -> BatchAnswer:
@@ -121,9 +132,15 @@ async def predict_batch(data: JSONBody[BatchRequest], request: JsonRequest, serv
     return BatchAnswer([_outcome(outcome, own) for own, outcome in outcomes])
 
 
-@get("/features/{user_id:str}", responses=documented(400, *USER, *UNAVAILABLE))
+@get(
+    "/features/{user_id:str}",
+    response_description="The features and the day they speak of.",
+    responses=documented(400, *USER, *UNAVAILABLE),
+)
 async def features_of_user(
-    user_id: Annotated[str, Parameter(pattern=WHOLE_USER_ID, description="The customer.")],
+    user_id: Annotated[
+        str, Parameter(pattern=WHOLE_USER_ID, description="The customer.", examples=[Example(value=EXAMPLE_USER_ID)])
+    ],
     service: TheService,
 ) -> FeaturesOfUser:
     """The features that a prediction for this customer would use."""
@@ -131,7 +148,7 @@ async def features_of_user(
     return FeaturesOfUser(user_id, as_of, features)
 
 
-@get("/model", responses=documented(*REFUSED, NoModel))
+@get("/model", response_description="The version.", responses=documented(*REFUSED, NoModel))
 async def model(service: TheService) -> Model:
     """The version that is served and since when; a Production version that is refused, and why."""
     served = service.production.current()
@@ -149,13 +166,18 @@ async def model(service: TheService) -> Model:
     )
 
 
-@get("/health", security=OPEN)
+@get("/health", response_description="It does.", security=OPEN)
 async def health() -> Alive:
     """Whether the process answers."""
     return Alive("alive")
 
 
-@get("/ready", responses=documented(NotReady), security=OPEN)
+@get(
+    "/ready",
+    response_description="Predictions can be answered; degraded: not everything is well.",
+    responses=documented(NotReady),
+    security=OPEN,
+)
 async def ready(service: TheService) -> Readiness:
     """Whether predictions can be answered: 200 ready or degraded, else 503; each check with its reason."""
     checks = service.production.checks()
@@ -166,7 +188,20 @@ async def ready(service: TheService) -> Readiness:
     return Readiness(status, readiness_checks(checks))
 
 
-@get("/metrics", media_type=CONTENT_TYPE, responses=documented(Unauthorized))
+@get(
+    "/metrics",
+    media_type=CONTENT_TYPE,
+    responses={
+        200: ResponseSpec(
+            str,
+            generate_examples=False,
+            description="The metrics.",
+            media_type=CONTENT_TYPE,
+            examples=[Example(value=METRICS)],
+        ),
+        **documented(Unauthorized),
+    },
+)
 async def metrics_page(service: TheService) -> str:
     """How the service does, for Prometheus."""
     return service.metrics.page().decode()

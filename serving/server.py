@@ -16,6 +16,7 @@ from uvicorn.supervisors import Multiprocess
 from serving import logs
 from serving.app import create_app
 from serving.metrics import empty_folder, workers_folder
+from serving.protocol import Protocol
 from streamflow.settings import Settings
 
 DRAIN_S = 10
@@ -53,7 +54,7 @@ def _config(app: Litestar | str, settings: Settings, **options: Any) -> ServerCo
         host=settings.host,
         port=settings.api_port,
         loop="uvloop",
-        http="httptools",
+        http=Protocol,
         ws="none",
         lifespan="on",
         log_config=None,

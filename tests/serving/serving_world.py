@@ -25,6 +25,7 @@ from psycopg import sql
 from psycopg.types.json import Jsonb
 
 from serving.app import create_app
+from serving.protocol import Protocol
 from streamflow import features, online_redis
 from streamflow.contract import CONTRACT, USER_ID, Column, Contract
 from streamflow.database import Database
@@ -272,7 +273,8 @@ NOW = datetime(2024, 3, 1, 12, 30, tzinfo=UTC)
 def running(settings: Settings, clock: Callable[[], datetime] = lambda: NOW) -> Iterator[httpx.Client]:
     """The service on a free port, in a thread."""
     app = create_app(settings, clock=clock)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, http="httptools", log_config=None, access_log=False))
+    options: dict[str, Any] = {"http": Protocol, "ws": "none", "log_config": None, "access_log": False}
+    server = uvicorn.Server(uvicorn.Config(app, port=0, server_header=False, **options))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -15,6 +15,7 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator, FormatChecker
 from litestar.exceptions import HTTPException
 from litestar.testing import TestClient
 from serving_world import KNOWN, predict, problem, with_a_new_feature
@@ -23,7 +24,7 @@ from serving.app import create_app
 from serving.features import UnknownUser
 from serving.problems import KINDS, kind_of
 from serving.schemas import MAX_BATCH, WHOLE_USER_ID
-from streamflow.contract import CONTRACT, Contract
+from streamflow.contract import CONTRACT, USER_ID_PATTERN, Contract
 from streamflow.errors import ConfigurationError, StreamFlowError
 from streamflow.settings import Settings
 
@@ -44,7 +45,18 @@ JSON = {"content-type": "application/json"}
         (b'{"user_id": "a", "threshold": 0.1}', "threshold"),
         (b'{"user_id": "a\\n"}', "user_id"),
         (b'{"user_id": NaN}', "malformed"),
+        (b'{"user_id": -Infinity}', "malformed"),
+        (b'{"user_id": 1e999}', "out of range"),
+        (b'{"user_id": "a"} {"user_id": "a"}', "trailing"),
+        (b'{"user_id": "\xe9"}', "UTF-8"),
+        (b'{"user_id": "\xed\xa0\x80"}', "UTF-8"),
+        (b'{"\xff": 1}', "UTF-8"),
+        (b'{"user_id": "\\ud800"}', "truncated"),
+        (b'\xef\xbb\xbf{"user_id": "a"}', "malformed"),
+        ('{"user_id": "a"}'.encode("utf-16"), "malformed"),
+        ('{"user_id": "a"}'.encode("utf-16-le"), "malformed"),
         (b"[" * 60_000, "nested"),
+        (b'{"user_id": "a", "x": ' + b"[" * 20_000 + b"]" * 20_000 + b"}", "nested"),
         (b'{"user_id": "' + b"a" * 65 + b'"}', "user_id"),
     ],
 )
@@ -54,17 +66,43 @@ def test_a_malformed_body_is_400_and_says_where(shared_api: httpx.Client, body: 
     problem(shared_api.post("/predict/batch", content=body, headers=JSON), 400, "malformed-request")
 
 
-@pytest.mark.parametrize("media_type", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
-def test_another_media_type_is_415(shared_api: httpx.Client, media_type: str | None) -> None:
-    headers = {"content-type": media_type} if media_type else {}
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"content-type": "text/plain"},
+        {"content-type": "application/x-www-form-urlencoded"},
+        {"content-type": "multipart/form-data"},
+        {"content-type": "application/problem+json"},
+        {"content-type": ";;="},
+        {"content-type": "application/json; charset=latin-1"},
+        {"content-type": "application/json; charset=utf-16"},
+        JSON | {"content-encoding": "gzip"},
+        JSON | {"content-encoding": "identity, br"},
+    ],
+)
+def test_another_media_type_charset_or_encoding_is_415(shared_api: httpx.Client, headers: dict[str, str]) -> None:
     content = json.dumps({"user_id": KNOWN}).encode()
     problem(shared_api.post("/predict", content=content, headers=headers), 415, "unsupported-media-type")
 
 
-def test_json_with_a_charset_is_json(shared_api: httpx.Client) -> None:
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"content-type": "Application/JSON; charset=utf-8"},
+        {"content-type": 'application/json;charset="UTF-8"'},
+        {"content-type": "application/json; profile=x"},
+        JSON | {"content-encoding": "identity"},
+    ],
+)
+def test_what_says_in_more_words_that_it_is_json_is_json(shared_api: httpx.Client, headers: dict[str, str]) -> None:
     content = json.dumps({"user_id": KNOWN}).encode()
-    headers = {"content-type": "Application/JSON; charset=utf-8"}
     assert shared_api.post("/predict", content=content, headers=headers).status_code == 200
+
+
+def test_of_a_key_given_twice_the_last_counts(shared_api: httpx.Client) -> None:
+    content = f'{{"user_id": "nobody", "user_id": "{KNOWN}"}}'.encode()
+    assert shared_api.post("/predict", content=content, headers=JSON).json()["user_id"] == KNOWN
 
 
 def _chunks() -> Iterator[bytes]:
@@ -123,46 +161,84 @@ def test_a_well_formed_request_id_of_the_caller_comes_back_beside_ours(
     assert "x-caller-request-id" not in shared_api.get("/health").headers
 
 
-ids = st.one_of(
+SNIPPETS = (
+    "'; DROP TABLE users; --",
+    "' OR 1=1 --",
+    '"',
+    "\\",
+    "%s",
+    "%00",
+    "\x00",
+    "a" * 10_000,
+    "a\n",
+    "..",
+    "NULL",
+    "",
+)
+anyone = st.one_of(
     st.text(max_size=100),
-    st.text(st.characters(min_codepoint=0, max_codepoint=31), max_size=5),
-    st.sampled_from(["", "'; DROP TABLE users; --", '"', "\\", "%s", "%00", "\x00", "a" * 10_000, "a\n", "..", "NULL"]),
-    st.from_regex(r"\A[A-Za-z0-9_.:-]{1,70}\Z"),
+    st.text(st.characters(max_codepoint=31), max_size=5),
+    st.text(st.characters(categories=["Cs"]), min_size=1, max_size=2),
+    st.sampled_from(SNIPPETS),
+    st.from_regex(r"\A[A-Za-z0-9_.:-]{1,70}\n?\Z"),
 )
 anything = st.one_of(
-    ids,
+    anyone,
     st.none(),
     st.booleans(),
     st.integers(),
-    st.floats(allow_nan=False, allow_infinity=False),
-    st.lists(ids, max_size=2),
+    st.floats(),
+    st.lists(anyone, max_size=2),
+    st.dictionaries(st.text(max_size=3), st.none(), max_size=2),
 )
-fuzz = settings(max_examples=60, deadline=None)
+fuzz = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
 
-def _is_no_fault_of_ours(answer: httpx.Response) -> None:
-    assert answer.status_code < 500, answer.text
-    if answer.status_code != 200:
-        problem(answer, answer.status_code, answer.json()["type"].rpartition(":")[2])
+def _is_id(given: Any) -> bool:
+    return isinstance(given, str) and re.fullmatch(USER_ID_PATTERN, given) is not None
+
+
+def _refused(answer: httpx.Response, *, is_id: bool) -> None:
+    """What is no id is malformed; what is one and nobody's is unknown."""
+    problem(answer, *((404, "unknown-user") if is_id else (400, "malformed-request")))
 
 
 @fuzz
 @given(user_id=anything)
-def test_no_id_makes_predict_fail(shared_api: httpx.Client, user_id: Any) -> None:
-    _is_no_fault_of_ours(predict(shared_api, user_id))
-    _is_no_fault_of_ours(shared_api.post("/predict/batch", json={"user_ids": [KNOWN, user_id]}))
+def test_an_id_in_a_body_is_unknown_or_malformed(shared_api: httpx.Client, user_id: Any) -> None:
+    one, batch = (json.dumps(body).encode() for body in ({"user_id": user_id}, {"user_ids": [KNOWN, user_id]}))
+    _refused(shared_api.post("/predict", content=one, headers=JSON), is_id=_is_id(user_id))
+    answer = shared_api.post("/predict/batch", content=batch, headers=JSON)
+    if _is_id(user_id):
+        known, unknown = answer.json()["results"]
+        assert (known["user_id"], unknown["type"]) == (KNOWN, "urn:streamflow:problem:unknown-user")
+    else:
+        _refused(answer, is_id=False)
 
 
 @fuzz
-@given(user_id=ids)
-def test_no_id_makes_features_fail(shared_api: httpx.Client, user_id: str) -> None:
-    _is_no_fault_of_ours(shared_api.get(f"/features/{quote(user_id, safe='')}"))
+@given(user_id=anyone)
+def test_an_id_in_a_path_is_unknown_or_malformed(shared_api: httpx.Client, user_id: str) -> None:
+    answer = shared_api.get("/features/" + quote(user_id, safe="", errors="surrogatepass").replace(".", "%2E"))
+    if "/" in user_id or not user_id:
+        problem(answer, 404, "not-found")
+    else:
+        _refused(answer, is_id=_is_id(user_id))
 
 
 @fuzz
 @given(body=st.binary(max_size=200))
-def test_no_body_makes_predict_fail(shared_api: httpx.Client, body: bytes) -> None:
-    _is_no_fault_of_ours(shared_api.post("/predict", content=body, headers=JSON))
+def test_no_bytes_make_predict_fail(shared_api: httpx.Client, body: bytes) -> None:
+    _refused(shared_api.post("/predict", content=body, headers=JSON), is_id=False)
+
+
+@fuzz
+@given(quoted=st.binary(max_size=20))
+def test_no_bytes_in_a_string_make_predict_fail(shared_api: httpx.Client, quoted: bytes) -> None:
+    _refused(
+        shared_api.post("/predict", content=b'{"user_id": "' + quoted + b'\n"}', headers=JSON),
+        is_id=False,
+    )
 
 
 def test_a_defect_is_500_without_its_secrets(shared_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +327,43 @@ def test_the_description_names_every_problem_of_predict(shared_settings: Setting
     assert all("application/problem+json" in responses[status]["content"] for status in responses if status != "200")
 
 
+def _bodies(operation: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for body in (operation.get("requestBody", {}), *operation["responses"].values()):
+        yield from body.get("content", {}).values()
+
+
+def test_every_body_has_examples_and_they_are_valid(shared_settings: Settings) -> None:
+    for contract in (CONTRACT, with_a_new_feature()):
+        description = _openapi(shared_settings, contract)
+        for path, methods in description["paths"].items():
+            for content in _bodies(methods.popitem()[1]):
+                schema = {**content["schema"], "components": description["components"]}
+                assert ("example" in content) != ("examples" in content), path
+                examples = [each["value"] for each in content.get("examples", {}).values()] or [content["example"]]
+                for example in examples:
+                    Draft202012Validator(schema, format_checker=FormatChecker()).validate(example)
+    answers = _openapi(shared_settings, CONTRACT)["paths"]["/predict"]["post"]["responses"]
+    example = answers["200"]["content"]["application/json"]["example"]
+    assert list(example["features_used"]) == CONTRACT.services[0].names
+    problems = answers["503"]["content"]["application/problem+json"]["examples"]
+    assert {name: each["value"]["type"] for name, each in problems.items()} == {
+        name: f"urn:streamflow:problem:{name}"
+        for name in ("stale-features", "overloaded", "no-model", "feature-store-unavailable", "prediction-log-full")
+    }
+    assert set(problems["no-model"]) == {"summary", "value"}
+
+
+def test_the_description_says_which_headers_an_answer_has(shared_settings: Settings) -> None:
+    description = _openapi(shared_settings, CONTRACT)
+    for methods in description["paths"].values():
+        for status, answer in methods.popitem()[1]["responses"].items():
+            told = {"401": {"WWW-Authenticate"}, "503": {"Retry-After"}}.get(status, set())
+            assert set(answer["headers"]) == {"X-Request-ID", "X-Caller-Request-ID"} | told
+            assert all(each["$ref"] == f"#/components/headers/{name}" for name, each in answer["headers"].items())
+    required = {name for name, header in description["components"]["headers"].items() if header.get("required")}
+    assert required == {"X-Request-ID", "WWW-Authenticate", "Retry-After"}
+
+
 class _Links(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
@@ -268,6 +381,9 @@ def test_the_page_needs_no_internet(shared_settings: Settings) -> None:
     links = _Links()
     links.feed(page.text)
     assert links.external == []
+    assert "http://" not in page.text
+    assert "https://" not in page.text
+    assert "&quot;user_id&quot;: &quot;7590-VHVEG&quot;" in page.text
     rows = re.findall(r"<tr><td><code>features_used\.(\w+)</code></td><td>([^<]*)</td><td>([^<]*)</td></tr>", page.text)
     assert [name for name, _, _ in rows] == [*CONTRACT.service("churn_v2").names, "user_gender", "user_is_senior"]
     told = {name: (kind, meaning) for name, kind, meaning in rows}
