@@ -108,10 +108,11 @@ def two_workers(
     ) as process:
         left = [process.pid]
         try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+            # A connection stays with one worker, and each is to be asked whether it is ready.
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"Connection": "close"}) as client:
                 eventually(lambda: len(_in_flight(client)) == 2, within_s=60)
                 left += _in_flight(client)
-                eventually(lambda: all(_answers(client, "/ready") for _ in range(5)), within_s=30)
+                eventually(lambda: all(_answers(client, "/ready") for _ in range(20)), within_s=30)
             yield process
         finally:
             for pid in left:
