@@ -158,7 +158,7 @@ def test_a_second_migration_changes_nothing(new_database: Callable[[], Database]
     database = new_database()
     relations = [name for table in CONTRACT.tables for name in (table.name, table.snapshot) if name]
     assert migrate(database) == [
-        "migrated from an empty database to 0002",
+        "migrated from an empty database to 0003",
         *(f"created {relation}" for relation in relations),
     ]
     made = definition(database)
@@ -187,6 +187,7 @@ def test_versions_without_evidence_are_not_carried_over(
     upgrade = alembic.command.upgrade
     with monkeypatch.context() as earlier:
         earlier.setattr("alembic.command.upgrade", lambda config, _: upgrade(config, "0001"))
+        earlier.setattr("streamflow.warehouse._grant", lambda *_: None)
         migrate(database)
     execute(
         database,
@@ -195,6 +196,7 @@ def test_versions_without_evidence_are_not_carried_over(
             1, 'run', '2024-01-31', 'churn_v1', 0.5, 'scorer', 'sha', 'data', 'predictions', '{}', '[]', '{}',
             '2024-02-01')
         """,
+        owner=True,
     )
     before = definition(database)
     with pytest.raises(ConfigurationError, match=r"registered without evidence.*another STREAMFLOW_HOME"):
@@ -209,7 +211,7 @@ def test_a_database_of_a_newer_version_is_left_alone(database: Database) -> None
         with pytest.raises(ConfigurationError, match=r"at migration 9999, which this version .* does not know"):
             migrate(database, _with(SUBSCRIPTIONS, Column("extra", "float", "")))
     finally:
-        execute(database, "UPDATE alembic_version SET version_num = '0002'", owner=True)
+        execute(database, "UPDATE alembic_version SET version_num = '0003'", owner=True)
     assert definition(database) == before
 
 
@@ -875,7 +877,7 @@ ATTACKS = [
     "ALTER ROLE streamflow SUPERUSER",
     "UPDATE alembic_version SET version_num = '0000'",
     "DELETE FROM alembic_version",
-    "INSERT INTO alembic_version VALUES ('0002')",
+    "INSERT INTO alembic_version VALUES ('0003')",
 ]
 
 
