@@ -263,6 +263,18 @@ def started(settings: Settings, environment: dict[str, str]) -> dict[str, float]
         return {"seconds": time.perf_counter() - begun, "MiB": server.memory_info().rss / 2**20}
 
 
+def stage_means(metrics: str) -> dict[str, float]:
+    """The mean milliseconds of each stage (one for all customers that were scored together) and of a whole request."""
+    found: dict[str, float] = {}
+    for name, label in (("stage_seconds", r'stage="(\w+)"'), ("request_seconds", r'route="(/predict)"')):
+        totals, counts = (
+            dict(re.findall(rf"^streamflow_{name}_{what}\{{{label}\}} (\S+)$", metrics, re.MULTILINE))
+            for what in ("sum", "count")
+        )
+        found |= {key: round(1000 * float(totals[key]) / float(counts[key]), 4) for key in totals}
+    return found
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, minimum and maximum."""
     return {
@@ -307,6 +319,8 @@ def main() -> None:
             while client.get("/ready").status_code != 200:
                 time.sleep(0.05)
         passes = [measured(ports, users, arguments.seconds) for _ in range(arguments.repeats)]
+        with httpx.Client(base_url=f"http://127.0.0.1:{ports['ours']}") as client:
+            stages = stage_means(client.get("/metrics").text)
         report = {
             "users": len(users),
             "repeats": arguments.repeats,
@@ -318,6 +332,7 @@ def main() -> None:
                 "load average after": os.getloadavg(),
             },
             "start to first prediction": {key: spread([one[key] for one in starts]) for key in starts[0]},
+            "mean milliseconds of a stage, over all loads": stages,
             "MiB after all loads": round(server.memory_info().rss / 2**20, 1),
             **{
                 part: {key: spread([one[part][key] for one in passes]) for key in passes[0][part]} for part in passes[0]

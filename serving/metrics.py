@@ -40,7 +40,7 @@ REFRESH_S = 1.0
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each, which several workers would lack
 
-STAGES = ("features", "score", "log")
+STAGES = ("features", "score")
 UNROUTED = "unrouted"
 OTHER = "other"
 """A feature that the contract lacks, of a version trained with another one."""

@@ -1,5 +1,6 @@
 """The routes: each unpacks a request, calls one thing and packs the answer."""
 
+import asyncio
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -40,6 +41,8 @@ from streamflow.errors import StreamFlowError, WarehouseUnavailable
 
 MAX_BODY = 64 * 1024
 MAX_BATCH_BODY = 128 * 1024
+BODY_S = 30.0
+"""How long a body may take to arrive; until then it counts as a request in flight."""
 
 REFUSED = (Unauthorized, Overloaded)
 UNAVAILABLE = (*REFUSED, NoModel, WarehouseUnavailable)
@@ -71,7 +74,10 @@ class JsonRequest(Request[Any, Any, Any]):
     async def body(self) -> bytes:
         """The bytes of the body; raises a ClientException with status 400 if there are none."""
         try:
-            body = await super().body()
+            async with asyncio.timeout(BODY_S):
+                body = await super().body()
+        except TimeoutError:
+            raise ClientException(f"the body did not arrive within {BODY_S:g} seconds") from None
         except InternalServerException:
             raise ClientException("the caller went away before the end of the body") from None
         if body:

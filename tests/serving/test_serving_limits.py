@@ -1,5 +1,6 @@
 """Too many requests, callers that go away, and what the request log says of requests."""
 
+import json
 import logging
 from collections.abc import Callable
 
@@ -44,6 +45,16 @@ def test_beyond_the_limit_requests_are_refused_at_once(shared_settings: Settings
     assert metric(after, **stage) == metric(before, **stage), "the store was asked for a request that was refused"
     assert [request.finish() for request in half] == [200, 200]
     assert predict(api).status_code == 200
+
+
+def test_a_body_that_does_not_arrive_is_not_waited_for(
+    shared_api: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.routes.BODY_S", 0.2)
+    request = HalfRequest(_port(shared_api))
+    answer = request.connection.getresponse()
+    assert answer.status == 400
+    assert json.loads(answer.read())["detail"] == "the body did not arrive within 0.2 seconds"
 
 
 def test_a_caller_that_goes_away_is_no_failure_of_ours(
