@@ -1,6 +1,6 @@
 """Measures the service against an empty Litestar route on the same server, and says where a request's time goes.
 
-    python -m benchmarks.serving [--repeats N] [--seconds S] [--users N]
+    python -m benchmarks.serving [--repeats N] [--seconds S] [--users N] [--soak S]
 
 ``--users`` adds that many customers to the online store beside the real ones. Each repeat measures every load in turn,
 ours and the empty route's, so that a ratio compares what ran within the same seconds. Latencies are in milliseconds,
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,6 +41,7 @@ from streamflow.settings import PROJECT_ROOT, Settings
 REAL_MONTH = PROJECT_ROOT.parent / "shared" / "data" / "month_000"
 MONTH = Month.parse(FIRST_MONTH)
 WARM_UP_S = 0.5
+SLICE_S = 30.0
 BATCH = 1000
 CLIENTS = (1, 8, 32, 128)
 
@@ -87,8 +88,10 @@ class Client(asyncio.Protocol):
         self._transport.write(self._next_request())
 
 
-def load(port: int, clients: int, seconds: float, next_request: Callable[[], bytes]) -> dict[str, float]:
-    """Ask with so many clients at once for so long; raises RuntimeError for any answer but 200."""
+def load(
+    port: int, clients: int, seconds: float, next_request: Callable[[], bytes], expected: Set[int] = frozenset({200})
+) -> dict[str, float]:
+    """Ask with so many clients at once for so long; raises RuntimeError for an answer of another status."""
 
     async def run() -> dict[str, float]:
         loop = asyncio.get_running_loop()
@@ -106,7 +109,7 @@ def load(port: int, clients: int, seconds: float, next_request: Callable[[], byt
             client.stopped = True
         await asyncio.sleep(0.1)
         statuses = {status for client in made for status in client.statuses}
-        if statuses != {200}:
+        if not statuses or statuses - expected:
             raise RuntimeError(f"answered with {statuses}")
         p50, p99 = np.quantile(taken, [0.5, 0.99]) * 1000
         return {"rate": len(taken) / took, "p50": float(p50), "p99": float(p99)}
@@ -253,6 +256,26 @@ def measured(ports: dict[str, int], users: Sequence[str], seconds: float) -> dic
     return figures
 
 
+def soaked(port: int, users: Sequence[str], seconds: float, server: psutil.Process) -> list[dict[str, float]]:
+    """Mixed load for so long: predictions, some of strangers, batches and explanations; a row for each SLICE_S."""
+    drawn = random.Random(2)  # noqa: S311
+    asked = [request("/predict", {USER_ID: user}) for user in drawn.sample(users, 5_000)]
+    strange = [request("/predict", {USER_ID: f"nobody-{number}"}) for number in range(100)]
+    batches = [request("/predict/batch", {"user_ids": drawn.sample(users, 100)}) for _ in range(20)]
+    explained = [request("/predict", {USER_ID: user, "explain": "shapley"}) for user in users[:100]]
+    kinds, weights = (asked, strange, batches, explained), (95, 3, 1.8, 0.2)
+
+    def next_request() -> bytes:
+        (kind,) = drawn.choices(kinds, weights)
+        return drawn.choice(kind)
+
+    rows = []
+    for number in range(round(seconds / SLICE_S)):
+        figures = load(port, 8, SLICE_S, next_request, {200, 404})
+        rows.append({"until, s": (number + 1) * SLICE_S, **figures, "MiB": server.memory_info().rss / 2**20})
+    return rows
+
+
 def started(settings: Settings, environment: dict[str, str]) -> dict[str, float]:
     """Seconds from the start of the process to its first good prediction, and its memory then in MiB."""
     begun = time.perf_counter()
@@ -290,6 +313,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--users", type=int, default=0)
+    parser.add_argument("--soak", type=float, default=0.0, help="seconds of mixed load, in place of all else")
     parser.add_argument("--empty", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.empty:
@@ -318,6 +342,9 @@ def main() -> None:
         with httpx.Client(base_url=f"http://127.0.0.1:{ports['ours']}") as client:
             while client.get("/ready").status_code != 200:
                 time.sleep(0.05)
+        if arguments.soak:
+            print(json.dumps(soaked(ports["ours"], users, arguments.soak, server), indent=2))
+            return
         passes = [measured(ports, users, arguments.seconds) for _ in range(arguments.repeats)]
         with httpx.Client(base_url=f"http://127.0.0.1:{ports['ours']}") as client:
             stages = stage_means(client.get("/metrics").text)
