@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
+from benchmarks.months import assembled
 from streamflow import dataset, pipeline, procedure, selection, training
 from streamflow.contract import CONTRACT, USER_ID
 from streamflow.embedded import postgres
@@ -74,15 +75,7 @@ def _platform(home: Path) -> Iterator[pipeline.Platform]:
 
 
 def _month(installed: pipeline.Platform, folder: Path, month: Month, repeats: int) -> dict[str, Any]:
-    now = datetime.now(UTC)
-    installed.landing.land(folder, month, now)
-    for table in CONTRACT.tables:
-        pipeline.load_table(installed, table, month, now)
-    for table in CONTRACT.snapshots:
-        pipeline.build_snapshot(installed, table, month, now)
-    for view in CONTRACT.views:
-        pipeline.publish_view(installed, view, month, now)
-    written = pipeline.assemble_dataset(installed, month, now)
+    written = assembled(installed, folder, month, datetime.now(UTC))
     data = dataset.load(installed.datasets / f"{written.digest}.parquet")
     _train_and_register(installed, month, BASELINE)  # loads every library once
     return {

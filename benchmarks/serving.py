@@ -32,6 +32,7 @@ import numpy as np
 import psutil
 import uvloop
 
+from benchmarks.months import assembled
 from streamflow import pipeline
 from streamflow.contract import CONTRACT, USER_ID
 from streamflow.embedded import postgres
@@ -186,14 +187,7 @@ def prepared(installed: pipeline.Platform) -> list[str]:
     """Bring the real month through the pipeline to a Production version in the service's cache; returns the users."""
     now = datetime.now(UTC)
     pipeline.prepare(installed)
-    installed.landing.land(REAL_MONTH, MONTH, now)
-    for table in CONTRACT.tables:
-        pipeline.load_table(installed, table, MONTH, now)
-    for table in CONTRACT.snapshots:
-        pipeline.build_snapshot(installed, table, MONTH, now)
-    for view in CONTRACT.views:
-        pipeline.publish_view(installed, view, MONTH, now)
-    pipeline.assemble_dataset(installed, MONTH, now)
+    assembled(installed, REAL_MONTH, MONTH, now)
     pipeline.train(installed, MONTH, now)
     version = pipeline.register(installed, MONTH, now).version
     if installed.ledger.production() != version.version:

@@ -26,8 +26,6 @@ from streamflow.errors import StreamFlowError, WarehouseUnavailable
 from streamflow.scoring import ScorerFeature, UnscorableFeatures
 
 MEDIA_TYPE = "application/problem+json"
-FIELDS = {"data": "body"}
-"""What callers know as another name than Litestar."""
 
 
 class NotReady(StreamFlowError):
@@ -154,11 +152,8 @@ def _headers(failure: Exception, kind: Kind) -> dict[str, str]:
 
 
 def request_id_of(scope: Scope) -> str:
-    """The request's id, made when first asked for."""
-    state = scope["state"]
-    if "request_id" not in state:
-        state["request_id"] = new_request_id()
-    return str(state["request_id"])
+    """The request's id, which `front.Front` gave it."""
+    return str(scope["state"]["request_id"])
 
 
 def new_request_id() -> str:

@@ -1,0 +1,21 @@
+"""What several benchmarks start from."""
+
+from datetime import datetime
+from pathlib import Path
+
+from streamflow import pipeline
+from streamflow.contract import CONTRACT
+from streamflow.months import Month
+from streamflow.warehouse import MonthWrite
+
+
+def assembled(installed: pipeline.Platform, folder: Path, month: Month, now: datetime) -> MonthWrite:
+    """Land a folder as a month and bring it through tables, snapshots and views to its training dataset."""
+    installed.landing.land(folder, month, now)
+    for table in CONTRACT.tables:
+        pipeline.load_table(installed, table, month, now)
+    for table in CONTRACT.snapshots:
+        pipeline.build_snapshot(installed, table, month, now)
+    for view in CONTRACT.views:
+        pipeline.publish_view(installed, view, month, now)
+    return pipeline.assemble_dataset(installed, month, now)
