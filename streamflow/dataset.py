@@ -132,17 +132,32 @@ def assemble(
     joined = features.merge(labels, on=USER_ID, how="outer")
     if unlabelled := joined.loc[joined[contract.label].isna(), USER_ID].tolist():
         raise TrainingRefused(f"{len(unlabelled)} users of {month} have no label, such as {unlabelled[0]}")
-    complete = joined.dropna().sort_values(USER_ID, ignore_index=True)
-    if complete.empty:
-        raise TrainingRefused(f"{month} has no user with a label and all features; land it first")
     columns = (*contract.features, *(column for column in contract.label_table.values if column.name == contract.label))
-    frame = pd.DataFrame(
+    frame = _complete_rows(joined, columns, month)
+    if frame.empty:
+        raise TrainingRefused(f"{month} has no user with a label and all features; land it first")
+    if frame[contract.label].nunique() == 1:
+        raise TrainingRefused(f"{contract.label} is {frame[contract.label].iloc[0]} for every user of {label_month}")
+    return TrainingDataset(frame, month, contract.label, len(joined) - len(frame))
+
+
+def scorable(features: pd.DataFrame, month: Month, columns: Sequence[Column]) -> pd.DataFrame:
+    """The customers of a month who lack none of these features: user_id and the features, typed, by user_id.
+
+    ``features`` is as for `assemble`, which gives the same customers the same values and says what is refused.
+    """
+    _require_day(features, month)
+    rows = _one_row_per_user(features, [column.name for column in columns], f"the features of {month}")
+    return _complete_rows(rows, columns, month)
+
+
+def _complete_rows(rows: pd.DataFrame, columns: Sequence[Column], month: Month) -> pd.DataFrame:
+    """The rows that lack nothing, sorted by user_id, in the contract's types."""
+    complete = rows.dropna().sort_values(USER_ID, ignore_index=True)
+    return pd.DataFrame(
         {USER_ID: complete[USER_ID].astype(str).astype(object)}
         | {column.name: _cast(complete[column.name], column, month) for column in columns}
     )
-    if frame[contract.label].nunique() == 1:
-        raise TrainingRefused(f"{contract.label} is {frame[contract.label].iloc[0]} for every user of {label_month}")
-    return TrainingDataset(frame, month, contract.label, len(joined) - len(complete))
 
 
 def require_meanings(source: MonthWrite, contract: Contract = CONTRACT) -> None:
@@ -174,6 +189,10 @@ def _require_months(features: pd.DataFrame, month: Month, label_month: Month, co
             f"with a label horizon of {contract.label_horizon_months} months they must be of "
             f"{month.shift(contract.label_horizon_months)}"
         )
+    _require_day(features, month)
+
+
+def _require_day(features: pd.DataFrame, month: Month) -> None:
     if EVENT_TIMESTAMP not in features:
         raise TrainingRefused(f"the features of {month} lack the column {EVENT_TIMESTAMP}")
     times = pd.to_datetime(features[EVENT_TIMESTAMP], utc=True)

@@ -387,19 +387,49 @@ def historical_features(
     contract's label horizon. Raises UnknownMonth when no label of that month has landed.
     """
     labelled = month.shift(contract.label_horizon_months)
+    return _as_known(
+        *(database, store, month, contract),
+        customers_of=(contract.label_table.name, MONTH, str(labelled)),
+        lacking=f"no labels of {labelled} have landed; land its labels.csv, then train {month}",
+    )
+
+
+def features_of_month(
+    database: Database, store: "feast.FeatureStore", month: Month, contract: Contract = CONTRACT
+) -> pd.DataFrame:
+    """The same of every customer of the month, labelled or not; raises UnknownMonth when it has no snapshots."""
+    snapshot = str(contract.snapshots[0].snapshot)
+    return _as_known(
+        *(database, store, month, contract),
+        customers_of=(snapshot, AS_OF, str(month.as_of)),
+        lacking=f"{snapshot} holds nothing for {month}; land the month and materialize its snapshots first",
+    )
+
+
+def _as_known(
+    database: Database,
+    store: "feast.FeatureStore",
+    month: Month,
+    contract: Contract,
+    *,
+    customers_of: tuple[str, str, str],
+    lacking: str,
+) -> pd.DataFrame:
+    """All features, as of the month's last day, of the customers that a relation has where a column is a key."""
+    relation, period, key = customers_of
     customers = sql.SQL(
-        "SELECT {user_id}, {event_time}::timestamptz AS {event_timestamp} FROM {labels} WHERE {month} = {key}"
+        "SELECT {user_id}, {event_time}::timestamptz AS {event_timestamp} FROM {relation} WHERE {period} = {key}"
     ).format(
         user_id=sql.Identifier(USER_ID),
         event_time=sql.Literal(month.event_time),
         event_timestamp=sql.Identifier(EVENT_TIMESTAMP),
-        labels=sql.Identifier(SCHEMA, contract.label_table.name),
-        month=sql.Identifier(MONTH),
-        key=sql.Literal(str(labelled)),
+        relation=sql.Identifier(SCHEMA, relation),
+        period=sql.Identifier(period),
+        key=sql.Literal(key),
     )
     with database.connect() as connection:
         if connection.execute(sql.SQL("SELECT EXISTS ({})").format(customers)).fetchone() == (False,):
-            raise UnknownMonth(f"no labels of {labelled} have landed; land its labels.csv, then train {month}")
+            raise UnknownMonth(lacking)
     job: Any = store.get_historical_features(
         entity_df=customers.as_string(None),
         features=[f"{view.name}:{column.name}" for view in contract.views for column in view.columns],

@@ -13,7 +13,6 @@ Under the home of an installation::
 import csv
 import hashlib
 import io
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -31,6 +30,7 @@ from filelock import FileLock
 
 from streamflow.contract import CONTRACT, USER_ID, USER_ID_PATTERN, USERS, Column, Contract, Kind, Table
 from streamflow.errors import StreamFlowError, UnknownMonth
+from streamflow.files import write_file
 from streamflow.months import Month
 
 if TYPE_CHECKING:
@@ -701,7 +701,7 @@ class LandingZone:
                 changed[name] = Revision(len(earlier) + 1, sha256, lines, size, landed_at, meanings[name])
                 tables[name] = (*earlier, changed[name])
         manifest = MonthManifest(str(month), tables, self._all_warnings(source, old, files))
-        _write(self._manifest_path(month), _json(manifest))
+        write_file(self._manifest_path(month), _json(manifest))
         return Landed(month, changed, tuple(name for name in tables if name not in changed), manifest)
 
     def _manifest_if_any(self, month: Month) -> MonthManifest:
@@ -760,7 +760,7 @@ class LandingZone:
             }
         )
         path = self.home / "quarantine" / f"{month}-{_sha256(report)[:12]}" / "report.json"
-        _write(path, report)
+        write_file(path, report)
         raise LandingRefused(source.folder, month, problems, count, path)
 
     def _all_warnings(
@@ -778,7 +778,7 @@ class LandingZone:
         for data in tables.values():
             path = self._archived(_sha256(data))
             if _bytes_if_any(path) != data:
-                _write(path, data, mode=0o444)
+                write_file(path, data, mode=0o444)
 
 
 # --- files ------------------------------------------------------------------------------------------------------
@@ -846,35 +846,3 @@ def _bytes_if_any(path: Path) -> bytes | None:
         return path.read_bytes()
     except FileNotFoundError:
         return None
-
-
-def _write(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Put a file in place so that a crash at any moment leaves the old one or the new one, on disk."""
-    _make_folder(path.parent)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.unlink(missing_ok=True)
-    try:
-        with unfinished.open("xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fchmod(stream.fileno(), mode)
-            os.fsync(stream.fileno())
-        os.replace(unfinished, path)  # noqa: PTH105
-    finally:
-        unfinished.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _make_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

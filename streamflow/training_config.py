@@ -34,7 +34,7 @@ class Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Threshold(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How the threshold of a version is chosen; ``capacity`` is in customers of the month."""
+    """How the threshold of a version is chosen; ``capacity`` is how many customers of a month can be contacted."""
 
     rule: Literal["value", "capacity", "fixed"]
     capacity: Annotated[int, Meta(ge=1)] | None = None
@@ -115,10 +115,11 @@ class TrainingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name, edges in self.segments.bands.items():
             if not edges or any(low >= high for low, high in pairwise(edges)):
                 yield f"segments.bands.{name} needs edges, each above the one before"
-        for rule in ("capacity", "fixed"):
-            stated = getattr(self.threshold, rule) is not None
-            if stated != (self.threshold.rule == rule):
-                yield f'threshold.{rule} is for rule = "{rule}" and needed there; the rule is "{self.threshold.rule}"'
+        rule = self.threshold.rule
+        if rule == "capacity" and self.threshold.capacity is None:
+            yield 'threshold.capacity is needed for rule = "capacity"'
+        if (rule == "fixed") != (self.threshold.fixed is not None):
+            yield f'threshold.fixed is for rule = "fixed" and needed there; the rule is "{rule}"'
 
 
 def _unknown(key: str, names: Iterable[str], known: Collection[str]) -> Iterator[str]:

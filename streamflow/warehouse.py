@@ -32,7 +32,7 @@ TYPES = {
     "date": "date",
 }
 TOOL_SCHEMAS = ("online", "feast", "mlflow", "dagster")
-INSERT_ONLY = ("model_versions", "promotion_ledger", "predictions")
+INSERT_ONLY = ("model_versions", "promotion_ledger", "predictions", "reports", "retrainings")
 SESSION_DEFAULTS = {"timezone": "UTC", "datestyle": "ISO", "extra_float_digits": "1"}
 """What each session of the platform's role starts with here, also those of tools that cannot be told."""
 COPY_BLOCK_ROWS = 100_000
@@ -254,7 +254,7 @@ def write_month(
     facts = {MEANINGS: dict(meanings)}
     written = MonthWrite(table.name, month, revision, digest, rows.num_rows, {}, now, facts)
     with database.connect() as connection:
-        _lock(connection, table.name, month)
+        lock(connection, table.name, month)
         connection.execute(
             sql.SQL("DELETE FROM {} WHERE {} = %s").format(sql.Identifier(SCHEMA, table.name), sql.Identifier(MONTH)),
             (str(month),),
@@ -278,7 +278,7 @@ def build_snapshot(
     period = {"as_of": month.as_of, "month": str(month)}
     with database.connect() as connection:
         for relation in sorted({users.name, table.name, snapshot}):
-            _lock(connection, relation, month)
+            lock(connection, relation, month)
         sources = {name: month_write(connection, name, month) for name in (users.name, table.name)}
         connection.execute(
             sql.SQL("DELETE FROM {} WHERE {} = %s").format(sql.Identifier(SCHEMA, snapshot), sql.Identifier(AS_OF)),
@@ -497,5 +497,6 @@ def _out_of_bounds(column: Column) -> sql.Composable | None:
     return sql.SQL(" OR ").join(conditions) if conditions else None
 
 
-def _lock(connection: psycopg.Connection[Any], relation: str, month: Month) -> None:
+def lock(connection: psycopg.Connection[Any], relation: str, month: Month) -> None:
+    """Wait for whoever writes that month of that relation, and let nobody else do so in this transaction."""
     connection.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", (f"{SCHEMA}.{relation} {month}",))
