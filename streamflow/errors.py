@@ -44,6 +44,10 @@ class TrainingRefused(StreamFlowError):
     """Data that must not be trained on."""
 
 
+class DriftRefused(StreamFlowError):
+    """Months that cannot be compared."""
+
+
 class ArtifactRefused(StreamFlowError):
     """A model artifact whose digest, format or self-test is not the registered one."""
 

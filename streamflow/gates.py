@@ -19,6 +19,7 @@ NOT_TAKEN = "not a feature of this model"
 
 Share = Annotated[float, Meta(ge=0, le=1)]
 Difference = Annotated[float, Meta(ge=0, lt=1)]
+Window = Annotated[str, Meta(pattern=r"^(month|all|recent|last ([2-9]|[1-9][0-9]))$")]
 
 
 # --- evidence: what was measured of a version -----------------------------------------------------------------------
@@ -99,14 +100,47 @@ class InvarianceRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return "every other value" if self.add is None else f"{self.add:+g}"
 
 
+class DecayPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """When a month's labels say that a version got worse; policy.toml says what each is for."""
+
+    maximum_false_alarms: Annotated[float, Meta(gt=0, lt=0.5)]
+    minimum_auc_loss: Difference
+    minimum_ece_growth: Share
+    slide_months: Annotated[int, Meta(ge=4)]
+
+
+class RetrainingPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What makes the platform train again, how often it may, and on which months; see policy.toml.
+
+    A window is ``month`` (the newest labelled month alone), ``last K`` (the newest K, from 2 on), ``all``, or
+    ``recent``: all, each month weighted by half for every ``half_life_months`` that it is older than the newest.
+    """
+
+    on_decay: bool
+    on_slide: bool
+    on_drift: Literal["never", "moderate", "large"]
+    on_corrected_data: bool
+    cooldown_months: Annotated[int, Meta(ge=0)]
+    maximum_per_year: Annotated[int, Meta(ge=1)]
+    give_up_after: Annotated[int, Meta(ge=1)]
+    windows: Annotated[tuple[Window, ...], Meta(min_length=1)]
+    half_life_months: Annotated[float, Meta(gt=0, le=1_000)]
+
+    def __post_init__(self) -> None:
+        if repeated := sorted({window for window in self.windows if self.windows.count(window) > 1}):
+            raise ValueError(f"`windows` has {', '.join(repeated)} more than once")
+
+
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Who may promote, what a model may predict from, and the gates before it; see policy.toml."""
+    """Who may promote, what a model may predict from, the gates before it, and when to train another."""
 
     mode: Literal["manual", "auto"]
     first_model: Literal["promote", "wait"]
     protected_attributes: Literal["measure", "predict"]
     stage_set_by_hand: Literal["accept", "flag"]
     gates: Gates
+    decay: DecayPolicy
+    retraining: RetrainingPolicy
     invariances: tuple[InvarianceRule, ...]
 
     def __post_init__(self) -> None:
