@@ -9,24 +9,33 @@ from streamflow.contract import CONTRACT, Contract
 from streamflow.features import is_published
 from streamflow.landing import MonthManifest
 from streamflow.months import Month
+from streamflow.monitoring import DRIFT_REPORT, PERFORMANCE_REPORT
 from streamflow.pipeline import CHURN_MODEL, REGISTERED_VERSION, TRAINING_DATASET, Platform
-from streamflow.promotion import Entry, Version, decision_in_force, in_force
+from streamflow.promotion import Entry, Version, current, decision_in_force, in_force
+from streamflow.scores import CHURN_SCORES
 from streamflow.warehouse import MonthWrite, month_writes
 
+TRAINED = (CHURN_MODEL, REGISTERED_VERSION)
+"""What is made when a model is trained, and not for every month."""
+WATCHED = (CHURN_SCORES, DRIFT_REPORT, PERFORMANCE_REPORT)
+"""What is made of every month once something is in Production."""
 State = Literal["landed", "incomplete", "stale", "unlabelled", "complete"]
 
 MEANINGS: Mapping[State, str] = {
     "landed": "files are in the landing zone, nothing is materialized",
     "incomplete": "materialization has not gone through",
     "stale": "something was made from data that has been replaced since",
-    "unlabelled": "features are online; labels.csv has not landed, so nothing is trained",
+    "unlabelled": "features are online and scored; labels.csv has not landed, so nothing is judged or trained",
     "complete": "everything is materialized from what has landed",
 }
 
 
 @dataclass(frozen=True)
 class MonthStatus:
-    """One landed month: ``revision`` is the highest of its tables, ``rows`` the customers in users.csv."""
+    """One landed month: ``revision`` is the highest of its tables, ``rows`` the customers in users.csv.
+
+    ``missing`` and ``stale`` are relations, upstream first. A model is missing only where its training was begun.
+    """
 
     month: str
     state: State
@@ -36,9 +45,15 @@ class MonthStatus:
     stale: tuple[str, ...]
 
     @property
+    def pending(self) -> tuple[str, ...]:
+        """What is to be made by itself, upstream first: all that is missing or stale but models, which need a cause."""
+        due = {*self.missing, *(name for name in self.stale if name not in TRAINED)}
+        return tuple(name for name in relations() if name in due)
+
+    @property
     def is_pending(self) -> bool:
-        """Whether materializing the month would bring something new."""
-        return self.state in ("landed", "incomplete", "stale")
+        """Whether something is to be made by itself."""
+        return bool(self.pending)
 
 
 @dataclass(frozen=True)
@@ -56,24 +71,39 @@ class ProductionStatus:
 def relations(contract: Contract = CONTRACT) -> dict[str, tuple[str, ...]]:
     """Every relation of the graph, upstream first, with what it is made from."""
     users = contract.tables[0].name
+    snapshots = tuple(str(table.snapshot) for table in contract.snapshots)
     return {
         **{table.name: () for table in contract.tables},
         **{str(table.snapshot): tuple(dict.fromkeys((users, table.name))) for table in contract.snapshots},
         **{view.name: (view.snapshot,) for view in contract.views},
-        TRAINING_DATASET: (contract.label_table.name, *(str(table.snapshot) for table in contract.snapshots)),
+        TRAINING_DATASET: (contract.label_table.name, *snapshots),
+        CHURN_SCORES: snapshots,
+        DRIFT_REPORT: (*snapshots, CHURN_SCORES),
+        PERFORMANCE_REPORT: (contract.label_table.name, CHURN_SCORES),
         CHURN_MODEL: (TRAINING_DATASET,),
         REGISTERED_VERSION: (CHURN_MODEL,),
     }
 
 
 def month_status(
-    manifest: MonthManifest, written: Mapping[str, MonthWrite], contract: Contract = CONTRACT
+    manifest: MonthManifest,
+    written: Mapping[str, MonthWrite],
+    contract: Contract = CONTRACT,
+    *,
+    in_production: bool,
 ) -> MonthStatus:
-    """Hold what has landed against what was made of it; ``written`` is the month's writes by relation."""
+    """Hold what has landed against what was made of it; ``written`` is the month's writes by relation.
+
+    ``in_production`` says whether there is a version to score with.
+    """
     graph = relations(contract)
     labelled = contract.label_table.name in manifest.tables
-    wanted = [name for name in graph if labelled or not _needs_labels(name, graph, contract)]
-    missing = tuple(name for name in wanted if name not in written)
+    not_wanted = {
+        *(name for name in graph if not labelled and _needs_labels(name, graph, contract)),
+        *(() if in_production else WATCHED),
+        *(() if CHURN_MODEL in written else TRAINED),
+    }
+    missing = tuple(name for name in graph if name not in written and name not in not_wanted)
     stale = tuple(_stale(manifest, written, graph))
     state: State = "complete" if labelled else "unlabelled"
     if stale:
@@ -132,5 +162,9 @@ def month_statuses(platform: Platform) -> list[MonthStatus]:
     for write in month_writes(platform.database):
         if write.relation not in views or is_published(write, platform.settings.online_store):
             written.setdefault(write.month, {})[write.relation] = write
-    zone = platform.landing
-    return [month_status(zone.manifest(month), written.get(month, {}), platform.contract) for month in zone.months()]
+    zone, contract = platform.landing, platform.contract
+    in_production = current(platform.ledger.entries()) is not None
+    return [
+        month_status(zone.manifest(month), written.get(month, {}), contract, in_production=in_production)
+        for month in zone.months()
+    ]
