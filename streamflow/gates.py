@@ -209,7 +209,7 @@ def threshold_gates(evidence: Evidence, policy: Policy) -> tuple[Gate, ...]:
 
 def _ranks_better_than_chance(evidence: Evidence, bounds: Gates) -> Gate:
     auc, bound = evidence.metrics["auc"], bounds.minimum_auc
-    reason = f"AUC of {evidence.users:,} held-out users is {_spread(auc)}; the lower end must exceed {bound:g}"
+    reason = f"AUC of {evidence.users:,} held-out users is {spread(auc)}; the lower end must exceed {bound:g}"
     return Gate("ranks_better_than_chance", auc.low > bound, auc.low, bound, reason)
 
 
@@ -232,7 +232,7 @@ def _no_segment_collapses(evidence: Evidence, bounds: Gates) -> Gate:
     auc = worst.metrics["auc"]
     reason = (
         f"the worst of {len(ranked)} segments of at least {least:,} users is {worst.attribute}={worst.value} "
-        f"({worst.users:,} users): AUC {_spread(auc)}; the upper end must reach {bound:g}"
+        f"({worst.users:,} users): AUC {spread(auc)}; the upper end must reach {bound:g}"
     )
     return Gate(name, all(one.metrics["auc"].high >= bound for one in ranked), auc.high, bound, reason)
 
@@ -250,7 +250,7 @@ def _fair(evidence: Evidence, bounds: Gates) -> Gate:
     groups = ", ".join(f"{group} {rate:.3f}" for group, rate in sorted(worst.groups.items()))
     reason = (
         f"the largest gap between groups is in {worst.measure} by {worst.attribute} ({groups}): "
-        f"{_spread(worst.gap)}; the lower end may be at most {bound:g}"
+        f"{spread(worst.gap)}; the lower end may be at most {bound:g}"
     )
     return Gate(name, all(one.gap.low <= bound for one in gaps), worst.gap.low, bound, reason)
 
@@ -406,7 +406,7 @@ def _not_worse_than_production(production: Comparison, bounds: Gates) -> Gate:
 
 
 def _difference(production: Comparison) -> str:
-    return f"AUC minus Production's, of the same {production.users:,} held-out users, is {_spread(production.auc)}"
+    return f"AUC minus Production's, of the same {production.users:,} held-out users, is {spread(production.auc)}"
 
 
 def _no_segment_gets_worse(production: Comparison, bounds: Gates) -> Gate:
@@ -416,11 +416,12 @@ def _no_segment_gets_worse(production: Comparison, bounds: Gates) -> Gate:
         return Gate(NO_LOSS, False, None, bound, f"no segment has {least:,} held-out users to compare")
     worst = min(compared, key=lambda segment: segment.auc.high)
     reason = (
-        f"the worst of {len(compared)} segments is {worst.name}: AUC minus Production's is {_spread(worst.auc)}; "
+        f"the worst of {len(compared)} segments is {worst.name}: AUC minus Production's is {spread(worst.auc)}; "
         f"the upper end must reach {bound:g}"
     )
     return Gate(NO_LOSS, worst.auc.high >= bound, worst.auc.high, bound, reason)
 
 
-def _spread(interval: Interval) -> str:
+def spread(interval: Interval) -> str:
+    """A measure and its interval, as reasons give it."""
     return f"{interval.value:.4f} (95 % interval {interval.low:.4f} to {interval.high:.4f})"
