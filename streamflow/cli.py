@@ -246,28 +246,37 @@ def migrate() -> None:
 
 @app.command("run")
 def run_(
-    months: Annotated[list[str], typer.Argument(help="YYYY-MM or YYYY-MM..YYYY-MM, one or several.")],
+    months: Annotated[
+        list[str] | None, typer.Argument(help="YYYY-MM or YYYY-MM..YYYY-MM, one or several; whatever is due, if none.")
+    ] = None,
     estimator: Annotated[
         str | None, typer.Option(help="Fit this estimator of training.toml as it comes, instead of choosing one.")
     ] = None,
     service: Annotated[str | None, typer.Option(help="Train on this feature service only, such as churn_v1.")] = None,
     json_: AsJson = False,
 ) -> None:
-    """Materialize months through the whole graph, a run for each; a bad month does not stop the others."""
-    from streamflow.contract import CONTRACT
+    """Materialize months through the whole graph, with a model for each; a bad month does not stop the others.
+
+    Without months, do what is due: what has landed, in order, and a model where there is reason to train one. That is
+    what the sensors do while `streamflow up` runs.
+    """
+    from streamflow import loop
     from streamflow.procedure import Procedure
 
-    wanted = list(dict.fromkeys(month for text in months for month in _months(text)))
+    wanted = list(dict.fromkeys(month for text in months or () for month in _months(text)))
+    if not wanted and (estimator or service):
+        raise typer.BadParameter("--estimator and --service are for months that are named")
     with prepared() as platform:
-        landed = {month: platform.landing.manifest(month) for month in wanted}
-        labelled = {month: CONTRACT.label_table.name in manifest.tables for month, manifest in landed.items()}
+        for month in wanted:
+            platform.landing.manifest(month)
         Procedure.of(platform.training_config, platform.policy, estimator=estimator, service=service)
-        choice = {"estimator": estimator, "service": service}
-        runs = _materialize(labelled, choice, progress_on=err if json_ else out)
+        choice = {name: value for name, value in (("estimator", estimator), ("service", service)) if value is not None}
+        with loop.at_work(platform.database, wait=True):
+            runs = _run_months(platform, wanted, choice, progress_on=err if json_ else out)
     if json_:
         as_json([{**vars(run), "month": str(run.month)} for run in runs])
-    if failed := sum(not run.succeeded for run in runs):
-        raise StreamFlowError(f"{failed} of {len(wanted)} months failed; the others are done")
+    if failed := sorted({str(run.month) for run in runs if not run.succeeded}):
+        raise StreamFlowError(f"{', '.join(failed)} failed; {'the others are' if len(wanted) > 1 else 'the rest is'} done")
 
 
 def _dagster_runner() -> Any:
@@ -280,13 +289,16 @@ def _dagster_runner() -> Any:
     return runner
 
 
-def _materialize(
-    labelled: dict[Month, bool], choice: dict[str, str | None], *, progress_on: Console
+def _run_months(
+    platform: "Platform", wanted: Sequence[Month], choice: dict[str, str], *, progress_on: Console
 ) -> list["MonthRun"]:
+    """Run what is due or, if months are named, all of each and then what its model makes due."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from streamflow import loop
+
     runner = _dagster_runner()
-    runs = []
+    runs: list[MonthRun] = []
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -295,19 +307,34 @@ def _materialize(
         TextColumn("{task.fields[asset]}"),
     )
     with Progress(*columns, console=progress_on) as progress, runner.instance() as instance:
-        for month, has_labels in labelled.items():
-            task = progress.add_task(str(month), total=runner.assets_of(labelled=has_labels), asset="")
-            run = runner.run_month(
+
+        def run(step: loop.Step, training: dict[str, str]) -> "MonthRun":
+            task = progress.add_task(f"{step.month}", total=len(step.assets), asset="")
+            done: MonthRun = runner.run_assets(
                 instance,
-                month,
-                labelled=has_labels,
-                choice={name: value for name, value in choice.items() if value is not None},
-                progress=lambda asset, task=task: progress.update(task, advance=1, asset=asset),
+                step.month,
+                step.assets,
+                training=training,
+                progress=lambda asset: progress.update(task, advance=1, asset=asset),
             )
-            progress.update(task, asset=f"{run.seconds:.1f} s" if run.succeeded else "failed")
-            for asset, reason in run.failures.items():
-                err.print(f"{month} {asset}: {reason}", markup=False)
-            runs.append(run)
+            progress.update(task, asset=f"{done.seconds:.1f} s" if done.succeeded else "failed")
+            for asset, reason in done.failures.items():
+                err.print(f"{step.month} {asset}: {reason}", markup=False)
+            runs.append(done)
+            return done
+
+        for step in loop.whole_months(platform, wanted):
+            run(step, choice)
+        failed, seen = set[Month](), set[loop.Step]()
+        while not wanted and (step := loop.due(platform, left_out=failed)):
+            if step in seen and step.cause:
+                break
+            if step.cause:
+                progress.console.print(f"{step.month}: {step.reason}", markup=False)
+            done = run(step, {"cause": step.cause, "reason": step.reason} if step.cause else {})
+            if step in seen or not (done.succeeded or step.cause):
+                failed.add(step.month)
+            seen.add(step)
     return runs
 
 

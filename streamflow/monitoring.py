@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -15,10 +16,12 @@ import msgspec
 from streamflow import dataset, features, pipeline, scores
 from streamflow.contract import USER_ID, Column, Contract
 from streamflow.database import Database
+from streamflow.drift import DriftReport
 from streamflow.errors import UnknownMonth
 from streamflow.months import Month
 from streamflow.pipeline import Platform
 from streamflow.promotion import Version, current, in_force
+from streamflow.settings import Settings
 from streamflow.warehouse import MonthWrite, Source, lock, month_write, record
 
 if TYPE_CHECKING:
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     import psycopg
     from numpy.typing import NDArray
 
-    from streamflow.drift import DriftReport
+    from streamflow.decay import PerformanceReport
     from streamflow.scoring import Scorer
 
 DRIFT_REPORT = "drift_report"
@@ -48,14 +51,39 @@ class Report:
     made_at: datetime
 
 
+class DriftContent(msgspec.Struct, frozen=True):
+    """What a drift report says: of which month, against which one, and for which version."""
+
+    month: str
+    version: int
+    reference_month: str
+    report: DriftReport
+
+
 @dataclass(frozen=True)
 class Drift:
-    """A month's drift report, what was compared, and its record."""
+    """A month's drift report, its record, its plots as PNG by title, and the page for people."""
 
     write: MonthWrite
-    report: "DriftReport"
-    reference: "pd.DataFrame"
-    current: "pd.DataFrame"
+    content: DriftContent
+    images: Mapping[str, bytes]
+    page: Path
+
+
+@dataclass(frozen=True)
+class Performance:
+    """A month's performance report, its record, and the reports of all months so far, oldest first."""
+
+    write: MonthWrite
+    report: "PerformanceReport"
+    history: "tuple[PerformanceReport, ...]"
+
+    @property
+    def image(self) -> bytes:
+        """What was promised and achieved, month by month, as PNG."""
+        from streamflow import plots
+
+        return plots.performance_plot(self.history)
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------
@@ -68,6 +96,8 @@ def score_month(platform: Platform, month: Month, now: datetime, *, version: int
     or by ``version``. None is returned while nothing is in Production. Raises UnknownMonth when the month has no
     snapshots, UnknownVersion, ArtifactRefused.
     """
+    from streamflow import procedure
+
     contract = platform.contract
     chosen = _scores_with(platform, month, version)
     if chosen is None:
@@ -77,14 +107,14 @@ def score_month(platform: Platform, month: Month, now: datetime, *, version: int
         snapshots = _snapshots(connection, contract, month)
     found = features.features_of_month(platform.database, platform.feature_store, month, contract)
     rows = dataset.scorable(found, month, _columns_of(scorer, contract, contract.fee))
-    probabilities = _score(scorer, rows)
+    probabilities = procedure.score(scorer, rows)
     worth, capacity = platform.training_config.value, platform.training_config.threshold.capacity
     fees = rows[contract.fee].to_numpy(dtype="float64")
     frame = scores.ranked(rows[USER_ID], probabilities, fees, chosen.threshold, worth)
     unscored = sorted(set(found[USER_ID]) - set(rows[USER_ID]))
     return scores.save(
         platform.database,
-        platform.settings.home / "scores",
+        scores_folder(platform.settings),
         month,
         frame,
         chosen.version,
@@ -101,6 +131,11 @@ def score_month(platform: Platform, month: Month, now: datetime, *, version: int
         },
         now=now,
     )
+
+
+def scores_folder(settings: Settings) -> Path:
+    """Where scores are exported to: `scores.save`."""
+    return settings.home / "scores"
 
 
 def _scores_with(platform: Platform, month: Month, version: int | None) -> Version | None:
@@ -125,10 +160,6 @@ def _columns_of(scorer: "Scorer", contract: Contract, *more: str) -> list[Column
     return [column for column in contract.features if column.name in wanted]
 
 
-def _score(scorer: "Scorer", rows: "pd.DataFrame") -> "NDArray[Any]":
-    return scorer.score_columns({feature.name: rows[feature.name].to_numpy() for feature in scorer.features})
-
-
 def _snapshots(connection: "psycopg.Connection[Any]", contract: Contract, month: Month) -> dict[str, Source]:
     names = [str(table.snapshot) for table in contract.snapshots]
     return {name: month_write(connection, name, month).as_source for name in names}
@@ -142,14 +173,14 @@ def report_drift(platform: Platform, month: Month, now: datetime) -> Drift:
 
     Raises UnknownMonth when the month has not been scored, or when the other is no longer there; UnknownVersion.
     """
-    from streamflow import drift
+    from streamflow import drift, procedure
 
     contract = platform.contract
     with platform.database.connect() as connection:
         scored = month_write(connection, scores.CHURN_SCORES, month)
         sources = {**_snapshots(connection, contract, month), scores.CHURN_SCORES: scored.as_source}
     version = platform.ledger.version(scored.facts["version"])
-    trained_on = Month(version.as_of.year, version.as_of.month)
+    trained_on = trained_months(version)[-1]
     scorer = pipeline.scorer_of(platform, version)
     reference, now_there = (
         features.features_of_month(platform.database, platform.feature_store, one, contract)
@@ -160,14 +191,85 @@ def report_drift(platform: Platform, month: Month, now: datetime) -> Drift:
         reference,
         now_there,
         contract.features,
-        reference_scores=_score(scorer, dataset.scorable(reference, trained_on, columns)),
-        current_scores=_score(scorer, dataset.scorable(now_there, month, columns)),
+        reference_scores=procedure.score(scorer, dataset.scorable(reference, trained_on, columns)),
+        current_scores=procedure.score(scorer, dataset.scorable(now_there, month, columns)),
     )
     facts = {"version": version.version, "reference_month": str(trained_on)}
     written = _keep(
         platform, DRIFT_REPORT, month, version, {**facts, "drift": report}, sources, report.current_users, now
     )
     return Drift(written, report, reference, now_there)
+
+
+# --- performance ----------------------------------------------------------------------------------------------------
+
+
+def report_performance(platform: Platform, month: Month, now: datetime) -> Performance:
+    """Hold the scores that the month was given against its labels, and against what their version promised.
+
+    Raises UnknownMonth when the month was not scored or has no labels, TrainingRefused when its dataset is gone or one
+    of its labels is the same for all held-out users.
+    """
+    from streamflow import decay, evaluation, procedure
+
+    config, contract = platform.training_config, platform.contract
+    scored = scores.load(platform.database, month)
+    with platform.database.connect() as connection:
+        labelled = month_write(connection, pipeline.TRAINING_DATASET, month)
+    version = in_force(platform.ledger.entries(), platform.ledger.version(scored.version))
+    rows = pipeline.training_dataset(platform, labelled.digest).frame.merge(scored.frame, on=USER_ID)
+    held_out, labels = dataset.split(rows[USER_ID].tolist()), rows[contract.label].to_numpy(dtype="bool")
+    probabilities = rows["probability"].to_numpy(dtype="float64")
+    trained_on = trained_months(version)
+    drop = None
+    if month not in trained_on:
+        learned_from = pipeline.training_dataset(platform, version.dataset_digest)
+        reference = learned_from.holdout_rows
+        before = procedure.score(pipeline.scorer_of(platform, version), reference)
+        drop = decay.explain_drop(
+            decay.Side(learned_from.month, reference, learned_from.labels[learned_from.holdout], before),
+            decay.Side(month, rows[held_out], labels[held_out], probabilities[held_out]),
+            contract.service(version.service),
+            seed=config.seed,
+        )
+    history = performance_history(platform.database)
+    report = decay.performance_report(
+        decay.Outcome(
+            month, probabilities, scored.threshold, labels, held_out, evaluation.segment_groups(rows, config.segments)
+        ),
+        decay.Promise(version.version, trained_on, version.evidence),
+        history,
+        platform.policy.decay,
+        seed=config.seed,
+        draws=config.bootstrap_draws,
+        drop=drop,
+    )
+    sources = {scores.CHURN_SCORES: scored.write.as_source, pipeline.TRAINING_DATASET: labelled.as_source}
+    written = _keep(platform, PERFORMANCE_REPORT, month, version, report, sources, len(rows), now)
+    shown = [*(one for one in history if one.month != report.month), report]
+    return Performance(written, report, tuple(sorted(shown, key=lambda one: one.month)))
+
+
+def trained_months(version: Version) -> tuple[Month, ...]:
+    """The months that a version learned from, oldest first."""
+    return tuple(sorted(Month.parse(month) for month in version.lineage["window"]))
+
+
+def datasets_of(version: Version) -> dict[Month, str]:
+    """The digest of the dataset of each month that a version learned from."""
+    return {Month.parse(month): digest for month, digest in version.lineage["datasets"].items()}
+
+
+def drift_history(database: Database) -> "list[DriftContent]":
+    """The drift report in force of each month, oldest first."""
+    return [msgspec.convert(one.content, DriftContent) for one in reports(database, DRIFT_REPORT).values()]
+
+
+def performance_history(database: Database) -> "list[PerformanceReport]":
+    """The performance report in force of each month, oldest first."""
+    from streamflow.decay import PerformanceReport
+
+    return [msgspec.convert(one.content, PerformanceReport) for one in reports(database, PERFORMANCE_REPORT).values()]
 
 
 # --- the record of reports ------------------------------------------------------------------------------------------
@@ -189,7 +291,7 @@ def _keep(
     kind: Kind,
     month: Month,
     version: Version,
-    content: Mapping[str, Any],
+    content: object,
     sources: Mapping[str, Source],
     rows: int,
     now: datetime,

@@ -242,9 +242,17 @@ def assemble_dataset(platform: Platform, month: Month, now: datetime) -> MonthWr
 
 
 def train(
-    platform: Platform, month: Month, now: datetime, *, estimator: str | None = None, service: str | None = None
+    platform: Platform,
+    month: Month,
+    now: datetime,
+    *,
+    estimator: str | None = None,
+    service: str | None = None,
+    cause: str | None = None,
 ) -> Trained:
     """Choose, fit, evaluate, compile and log the month's model; ``estimator`` fits that one as it comes instead.
+
+    ``cause`` is what it is trained for, where nobody asked for it; see loop.py.
 
     Raises ConfigurationError for an unknown estimator or service, TrainingRefused for data that must not be trained on.
     """
@@ -252,7 +260,7 @@ def train(
 
     with platform.database.connect() as connection:
         source = month_write(connection, TRAINING_DATASET, month)
-    data = _dataset(platform, source.digest)
+    data = training_dataset(platform, source.digest)
     how = procedure.Procedure.of(
         platform.training_config,
         platform.policy,
@@ -274,7 +282,9 @@ def train(
     lineage = {
         "month": str(month),
         "as_of": str(month.as_of),
+        "cause": cause,
         "window": [str(month)],
+        "datasets": {str(month): source.digest},
         "label_month": str(month.shift(platform.contract.label_horizon_months)),
         "dataset": {"digest": source.digest, "rows": source.rows},
         "sources": dict(source.sources),
@@ -311,7 +321,8 @@ def train(
     return Trained(_recorded(platform, written), run_id, candidate, measured, forwards, tuple(not_validated), images)
 
 
-def _dataset(platform: Platform, digest: str) -> TrainingDataset:
+def training_dataset(platform: Platform, digest: str) -> TrainingDataset:
+    """The dataset of that digest; raises TrainingRefused when it is gone or altered."""
     return dataset.load(platform.datasets / f"{digest}.parquet", platform.contract)
 
 
@@ -326,7 +337,7 @@ def _forward(
             later = month_write(connection, TRAINING_DATASET, month)
     except UnknownMonth:
         return None
-    data = _dataset(platform, later.digest)
+    data = training_dataset(platform, later.digest)
     return procedure.forward(scorer, data, trained_on, threshold, platform.training_config)
 
 
@@ -593,7 +604,7 @@ def compare_versions(platform: Platform, candidate: Version, production: Version
 
     newer = max(candidate, production, key=lambda version: version.as_of)
     return procedure.compare(
-        _dataset(platform, newer.dataset_digest),
+        training_dataset(platform, newer.dataset_digest),
         scorer_of(platform, candidate),
         scorer_of(platform, production),
         procedure.Procedure.of_document(candidate.lineage, platform.contract).config,
@@ -610,7 +621,7 @@ def remeasure(platform: Platform, version: Version, threshold: float) -> Evidenc
     return procedure.at_threshold(
         version.evidence,
         scorer_of(platform, version),
-        _dataset(platform, version.dataset_digest),
+        training_dataset(platform, version.dataset_digest),
         threshold,
         procedure.Procedure.of_document(version.lineage, platform.contract).config,
         platform.contract,

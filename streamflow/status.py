@@ -79,7 +79,7 @@ def relations(contract: Contract = CONTRACT) -> dict[str, tuple[str, ...]]:
         TRAINING_DATASET: (contract.label_table.name, *snapshots),
         CHURN_SCORES: snapshots,
         DRIFT_REPORT: (*snapshots, CHURN_SCORES),
-        PERFORMANCE_REPORT: (contract.label_table.name, CHURN_SCORES),
+        PERFORMANCE_REPORT: (TRAINING_DATASET, CHURN_SCORES),
         CHURN_MODEL: (TRAINING_DATASET,),
         REGISTERED_VERSION: (CHURN_MODEL,),
     }
@@ -99,7 +99,7 @@ def month_status(
     graph = relations(contract)
     labelled = contract.label_table.name in manifest.tables
     not_wanted = {
-        *(name for name in graph if not labelled and _needs_labels(name, graph, contract)),
+        *(name for name in graph if not labelled and needs_labels(name, contract)),
         *(() if in_production else WATCHED),
         *(() if CHURN_MODEL in written else TRAINED),
     }
@@ -121,9 +121,10 @@ def month_status(
     )
 
 
-def _needs_labels(relation: str, graph: Mapping[str, tuple[str, ...]], contract: Contract) -> bool:
-    labels = contract.label_table.name
-    return relation == labels or any(_needs_labels(source, graph, contract) for source in graph[relation])
+def needs_labels(relation: str, contract: Contract = CONTRACT) -> bool:
+    """Whether a relation cannot be made of a month that has no labels."""
+    graph = relations(contract)
+    return relation == contract.label_table.name or any(needs_labels(source, contract) for source in graph[relation])
 
 
 def _stale(

@@ -2,13 +2,14 @@
 
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from uuid import uuid4
 
 import psutil
 from dagster import (
+    AssetKey,
     DagsterEventType,
     DagsterInstance,
     DagsterRunStatus,
@@ -36,9 +37,10 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class MonthRun:
-    """How a month's run ended: ``failures`` says for each failed asset why."""
+    """How a run of some assets of a month ended: ``failures`` says for each failed asset why."""
 
     month: Month
+    assets: tuple[str, ...]
     run_id: str
     seconds: float
     failures: dict[str, str]
@@ -93,36 +95,33 @@ def _is_dead(name: str) -> bool:
         return True
 
 
-def assets_of(*, labelled: bool) -> int:
-    """How many assets a month's run materializes."""
-    return len(_job(labelled=labelled).asset_layer.selected_asset_keys)
-
-
-def run_month(
+def run_assets(
     opened: DagsterInstance,
     month: Month,
+    assets: Sequence[str],
     *,
-    labelled: bool,
     progress: Progress,
-    choice: Mapping[str, str | None] | None = None,
+    training: Mapping[str, str | None] | None = None,
 ) -> MonthRun:
-    """Materialize one month, without labels and model when it has no labels; a failure is returned, not raised.
+    """Materialize assets of one month in one run; a failure is returned, not raised.
 
-    ``choice`` is the configuration of the asset churn_model.
+    ``training`` is the configuration of the asset churn_model.
     """
     run_id = str(uuid4())
-    config = {**QUIET, **({"ops": {CHURN_MODEL: {"config": dict(choice)}}} if choice and labelled else {})}
+    configured = {CHURN_MODEL: {"config": dict(training)}} if training and CHURN_MODEL in assets else {}
     with _reporting(opened, run_id, progress):
-        result = _job(labelled=labelled).execute_in_process(
-            run_config=config,
+        result = _whole_month().execute_in_process(
+            run_config={**QUIET, **({"ops": configured} if configured else {})},
             instance=opened,
             partition_key=str(month),
+            asset_selection=[AssetKey(name) for name in assets],
             raise_on_error=False,
             run_id=run_id,
             tags={PROCESS_TAG: _this_process()},
         )
     stats = opened.get_run_stats(run_id)
-    return MonthRun(month, run_id, (stats.end_time or 0) - (stats.start_time or 0), _failures(result))
+    seconds = (stats.end_time or 0) - (stats.start_time or 0)
+    return MonthRun(month, tuple(assets), run_id, seconds, _failures(result))
 
 
 @contextmanager
@@ -149,10 +148,10 @@ def _reporting(opened: DagsterInstance, run_id: str, progress: Progress) -> Iter
         thread.join()
 
 
-def _job(*, labelled: bool) -> JobDefinition:
+def _whole_month() -> JobDefinition:
     from streamflow_dagster.definitions import defs
 
-    return defs.resolve_job_def("whole_month" if labelled else "month_data")
+    return defs.resolve_job_def("whole_month")
 
 
 def _failures(result: ExecuteInProcessResult) -> dict[str, str]:

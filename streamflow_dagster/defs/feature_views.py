@@ -6,6 +6,7 @@ from dagster import AssetExecutionContext, AssetsDefinition, MaterializeResult, 
 
 from streamflow import pipeline
 from streamflow.contract import CONTRACT, FeatureView
+from streamflow_dagster.defs.conditions import WHEN_REMADE
 from streamflow_dagster.defs.partitions import MONTHLY
 from streamflow_dagster.defs.resources import PlatformResource
 from streamflow_dagster.defs.results import OWNERS, materialized, month_of
@@ -25,6 +26,7 @@ def published(view: FeatureView) -> AssetsDefinition:
         kinds={"feast", "postgres"},
         code_version=CODE,
         partitions_def=MONTHLY,
+        automation_condition=WHEN_REMADE,
         metadata={"features": [column.name for column in view.columns]},
     )
     def feature_view(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:

@@ -1,18 +1,31 @@
-"""The jobs a person finds in the UI: a month through the whole graph, and its data layers alone."""
+"""The jobs a person finds in the UI: a month through the whole graph, or parts of that."""
 
 from dagster import AssetSelection, define_asset_job
 
-DATA_GROUPS = ("landing", "snapshots", "feature_views")
+from streamflow.contract import CONTRACT
+from streamflow.status import TRAINED, needs_labels, relations
+
+WITHOUT_LABELS = [name for name in relations() if not needs_labels(name)]
 
 whole_month = define_asset_job(
     "whole_month",
     selection=AssetSelection.all(),
-    description="A landed month through the whole graph: tables, snapshots, feature views, model, version.",
+    description="A landed month through the whole graph: tables, snapshots, feature views, scores, reports, and a model.",
 )
-month_data = define_asset_job(
-    "month_data",
-    selection=AssetSelection.groups(*DATA_GROUPS) - AssetSelection.assets("labels"),
-    description="The data layers of a month that has landed without labels: everything but labels and model.",
+month = define_asset_job(
+    "month",
+    selection=AssetSelection.all() - AssetSelection.assets(*TRAINED),
+    description="A landed month as it is when it arrives: data, scores and reports, but no model. What the sensor runs.",
+)
+month_without_labels = define_asset_job(
+    "month_without_labels",
+    selection=AssetSelection.assets(*WITHOUT_LABELS),
+    description=f"A month that has landed without {CONTRACT.label_table.file}: data, scores and drift.",
+)
+training = define_asset_job(
+    "training",
+    selection=AssetSelection.assets(*TRAINED),
+    description="A model of a month whose data is there: trained, registered, and held against the promotion policy.",
 )
 
-JOBS = [whole_month, month_data]
+JOBS = [whole_month, month, month_without_labels, training]

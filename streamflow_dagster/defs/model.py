@@ -1,6 +1,5 @@
 """The model: what it learns from, the trained pipeline, and its version in the registry."""
 
-import base64
 from time import perf_counter
 
 from dagster import (
@@ -14,10 +13,11 @@ from dagster import (
 )
 from pydantic import Field
 
-from streamflow import pipeline
+from streamflow import loop, pipeline
 from streamflow.contract import CONTRACT
 from streamflow.plots import with_interval
 from streamflow_dagster.defs import checks
+from streamflow_dagster.defs.conditions import WHEN_REMADE
 from streamflow_dagster.defs.partitions import MONTHLY
 from streamflow_dagster.defs.resources import PlatformResource
 from streamflow_dagster.defs.results import (
@@ -27,8 +27,11 @@ from streamflow_dagster.defs.results import (
     materialized,
     metrics_as_table,
     month_of,
+    shown,
 )
 
+AFTER_THE_SCORES = {"dagster/priority": "-1"}
+"""In a run of the whole graph a month is scored by what was Production before it is trained on."""
 SNAPSHOTS = [str(table.snapshot) for table in CONTRACT.snapshots]
 SHOWN_IMAGES = {"ROC curve": "roc.png", "Reliability": "reliability.png", "Segments": "segments.png"}
 
@@ -40,6 +43,8 @@ class TrainingChoice(Config):
         None, description="Fit this estimator of training.toml as it comes: not calibrated, threshold 0.5."
     )
     service: str | None = Field(None, description="Use the features of this feature service only, such as churn_v1.")
+    cause: str | None = Field(None, description="What the retraining sensor asks for it for; leave it empty.")
+    reason: str = Field("", description="The same in words.")
 
 
 @asset(
@@ -50,6 +55,7 @@ class TrainingChoice(Config):
     code_version=pipeline.code_version("contract", "features", "dataset"),
     partitions_def=MONTHLY,
     check_specs=[checks.no_single_feature_leaks("training_dataset")],
+    automation_condition=WHEN_REMADE,
 )
 def training_dataset(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:
     """Features and labels of the same as_of, joined point in time through Feast, kept under their digest."""
@@ -85,12 +91,16 @@ def training_dataset(context: AssetExecutionContext, core: PlatformResource) -> 
     partitions_def=MONTHLY,
     check_specs=checks.of_model("churn_model"),
     pool="training",
+    op_tags=AFTER_THE_SCORES,
 )
 def churn_model(context: AssetExecutionContext, core: PlatformResource, config: TrainingChoice) -> MaterializeResult:
     """The month's churn model: chosen, fitted, evaluated on held-out users, compiled, and logged in MLflow."""
-    started = perf_counter()
+    started, month = perf_counter(), month_of(context)
+    if config.cause is not None:
+        by, reason = core.platform.settings.actor, config.reason or config.cause
+        loop.begin_retraining(core.platform, month, config.cause, reason, by=by, now=core.now())
     trained = pipeline.train(
-        core.platform, month_of(context), core.now(), estimator=config.estimator, service=config.service
+        core.platform, month, core.now(), estimator=config.estimator, service=config.service, cause=config.cause
     )
     parity, model, evidence = trained.candidate.parity, trained.candidate.model, trained.measured.evidence
     agreement = AssetCheckResult(
@@ -109,6 +119,7 @@ def churn_model(context: AssetExecutionContext, core: PlatformResource, config: 
         started,
         checks=[agreement],
         more={
+            **({"trained because": config.reason or config.cause} if config.cause else {}),
             "estimator": model.estimator,
             "feature service": model.service.name,
             "calibrated": model.calibrated,
@@ -117,15 +128,11 @@ def churn_model(context: AssetExecutionContext, core: PlatformResource, config: 
             "candidates": MetadataValue.md(candidates_as_table(trained.candidate.selection)),
             **forwards,
             **({"not validated forward in time": "; ".join(trained.not_validated)} if trained.not_validated else {}),
-            **{title: _shown(trained.images[name], title) for title, name in SHOWN_IMAGES.items()},
+            **{title: shown(trained.images[name], title) for title, name in SHOWN_IMAGES.items()},
             "model card": MetadataValue.url(pipeline.card_link(core.platform, trained.run_id)),
             "MLflow run": MetadataValue.url(pipeline.run_link(core.platform, trained.run_id)),
         },
     )
-
-
-def _shown(image: bytes, title: str) -> MetadataValue:
-    return MetadataValue.md(f"![{title}](data:image/png;base64,{base64.b64encode(image).decode()})")
 
 
 @asset(

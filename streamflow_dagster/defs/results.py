@@ -1,5 +1,6 @@
 """How a month's write and its findings are shown in Dagster."""
 
+import base64
 from collections.abc import Iterable, Mapping
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from streamflow.promotion import Evidence, Gate
 from streamflow.warehouse import Finding, MonthWrite
 
 if TYPE_CHECKING:
+    from streamflow.drift import DriftReport
     from streamflow.selection import Selection
 
 OWNERS = ["team:platform"]
@@ -99,3 +101,20 @@ def candidates_as_table(selection: "Selection | None") -> str:
     ]
     header = "| estimator | features | calibrated | logloss | to the best | AUC | seconds |"
     return "\n".join([selection.reason, "", header, "| --- | --- | --- | --- | --- | --- | --- |", *rows])
+
+
+def drift_as_table(report: "DriftReport") -> str:
+    """Each feature and the scores as a Markdown table, those that drift in bold."""
+    rows = [
+        f"| {'**' if one.significant else ''}{one.name}{'**' if one.significant else ''} | {one.adjusted_p_value:.2g} "
+        f"| {one.psi:.4f} | {one.size} | {one.effect:.3f} | {one.test} | {one.current_missing:.1%} "
+        f"| {one.out_of_range:.1%} |"
+        for one in (*report.features, report.score)
+    ]
+    header = "| feature | p, adjusted | PSI | size | effect | test | missing | out of range |"
+    return "\n".join([header, "| --- | --- | --- | --- | --- | --- | --- | --- |", *rows])
+
+
+def shown(image: bytes, title: str) -> MetadataValue:
+    """A PNG as the UI shows it in an asset's page."""
+    return MetadataValue.md(f"![{title}](data:image/png;base64,{base64.b64encode(image).decode()})")

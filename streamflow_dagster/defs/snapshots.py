@@ -8,6 +8,7 @@ from streamflow import pipeline
 from streamflow.contract import CONTRACT, Table
 from streamflow.warehouse import snapshot_findings
 from streamflow_dagster.defs import checks
+from streamflow_dagster.defs.conditions import WHEN_REMADE
 from streamflow_dagster.defs.partitions import MONTHLY
 from streamflow_dagster.defs.resources import PlatformResource
 from streamflow_dagster.defs.results import OWNERS, check_results, materialized, month_of
@@ -30,6 +31,7 @@ def snapshot_of(table: Table) -> AssetsDefinition:
         code_version=CODE,
         partitions_def=MONTHLY,
         check_specs=checks.of_snapshot(table),
+        automation_condition=WHEN_REMADE,
     )
     def snapshot(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:
         started, month = perf_counter(), month_of(context)
