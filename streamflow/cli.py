@@ -276,7 +276,9 @@ def run_(
     if json_:
         as_json([{**vars(run), "month": str(run.month)} for run in runs])
     if failed := sorted({str(run.month) for run in runs if not run.succeeded}):
-        raise StreamFlowError(f"{', '.join(failed)} failed; {'the others are' if len(wanted) > 1 else 'the rest is'} done")
+        raise StreamFlowError(
+            f"{', '.join(failed)} failed; {'the others are' if len(wanted) > 1 else 'the rest is'} done"
+        )
 
 
 def _dagster_runner() -> Any:
@@ -326,15 +328,15 @@ def _run_months(
         for step in loop.whole_months(platform, wanted):
             run(step, choice)
         failed, seen = set[Month](), set[loop.Step]()
-        while not wanted and (step := loop.due(platform, left_out=failed)):
-            if step in seen and step.cause:
+        while not wanted and (due := loop.due(platform, left_out=failed)):
+            if due in seen and due.cause:
                 break
-            if step.cause:
-                progress.console.print(f"{step.month}: {step.reason}", markup=False)
-            done = run(step, {"cause": step.cause, "reason": step.reason} if step.cause else {})
-            if step in seen or not (done.succeeded or step.cause):
-                failed.add(step.month)
-            seen.add(step)
+            if due.cause:
+                progress.console.print(f"{due.month}: {due.reason}", markup=False)
+            done = run(due, {"cause": due.cause, "reason": due.reason} if due.cause else {})
+            if due in seen or not (done.succeeded or due.cause):
+                failed.add(due.month)
+            seen.add(due)
     return runs
 
 

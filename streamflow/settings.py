@@ -33,6 +33,7 @@ class Settings(BaseSettings):
     ``stale_features`` says, refused.
     ``host`` is where the services listen, ``code_host`` where Dagster's code server is found. ``policy`` overrides the
     mode of ``policy_file``; ``training_file`` says how models are chosen and fitted.
+    ``automation`` says whether the sensors that bring in months and train again start by themselves.
     ``prediction_retention_months`` is how many whole months of the prediction log are kept besides the current one;
     all, if not given.
     ``api_keys_file`` is what `streamflow key` writes; with it the prediction service answers to those keys only, and
@@ -66,6 +67,7 @@ class Settings(BaseSettings):
     workers: Annotated[int, Field(ge=1, le=64)] = 1
     max_in_flight: Annotated[int, Field(ge=1)] = 512
     access_log: bool = False
+    automation: Literal["on", "off"] = "on"
     actor: str = Field(default_factory=getpass.getuser, min_length=1)
 
     @field_validator("home", "policy_file", "training_file", "api_keys_file", mode="before")

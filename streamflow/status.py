@@ -8,8 +8,8 @@ from typing import Literal
 from streamflow.contract import CONTRACT, Contract
 from streamflow.features import is_published
 from streamflow.landing import MonthManifest
-from streamflow.months import Month
 from streamflow.monitoring import DRIFT_REPORT, PERFORMANCE_REPORT
+from streamflow.months import Month
 from streamflow.pipeline import CHURN_MODEL, REGISTERED_VERSION, TRAINING_DATASET, Platform
 from streamflow.promotion import Entry, Version, current, decision_in_force, in_force
 from streamflow.scores import CHURN_SCORES

@@ -23,7 +23,6 @@ from streamflow.months import Month
 from streamflow.pipeline import Platform
 from streamflow.settings import PREFIX, Settings
 from streamflow.simulate import simulate
-from streamflow.status import month_statuses
 
 SAMPLE_MONTHS = 2
 SAMPLE_USERS = 7_000
@@ -118,8 +117,7 @@ class _Job:
         return refused
 
     def _materialize(self) -> int:
-        pending = [month.month for month in month_statuses(self.platform) if month.is_pending]
-        return streamflow(["run", *pending], stack.environment(self.settings, self.database)) if pending else 0
+        return streamflow(["run"], stack.environment(self.settings, self.database))
 
     def _checked_prediction(self) -> str:
         """What there is to try, after it has been tried; raises StreamFlowError when the service does not answer."""

@@ -1,14 +1,159 @@
-"""What runs by itself, without a person or a month: the watch over stages that are set by hand."""
+"""What runs by itself: months that land, corrections, retraining, and the watch over stages that are set by hand."""
 
 import functools
+import hashlib
+from collections.abc import Collection
 
-from dagster import DefaultSensorStatus, SensorEvaluationContext, SkipReason, sensor
+from dagster import (
+    AssetKey,
+    AssetSelection,
+    AutomationConditionSensorDefinition,
+    DagsterInstance,
+    DagsterRunStatus,
+    DefaultSensorStatus,
+    RunRequest,
+    RunsFilter,
+    SensorEvaluationContext,
+    SkipReason,
+    sensor,
+)
 
-from streamflow import pipeline
+from streamflow import loop, pipeline
+from streamflow.contract import CONTRACT
 from streamflow.errors import RegistryUnavailable
+from streamflow.months import Month
+from streamflow.pipeline import CHURN_MODEL, Platform
+from streamflow.settings import Settings
+from streamflow.status import month_statuses
+from streamflow_dagster.defs import jobs
 from streamflow_dagster.defs.resources import PlatformResource
 
 INTERVAL_S = 30
+LOOP_INTERVAL_S = 10
+RUN_KEY = "dagster/run_key"
+PARTITION = "dagster/partition"
+AUTOMATION = Settings.load().automation
+BY_ITSELF = DefaultSensorStatus.RUNNING if AUTOMATION == "on" else DefaultSensorStatus.STOPPED
+ACTIVE = [
+    DagsterRunStatus.QUEUED,
+    DagsterRunStatus.NOT_STARTED,
+    DagsterRunStatus.STARTING,
+    DagsterRunStatus.STARTED,
+    DagsterRunStatus.CANCELING,
+]
+BUSY = "`streamflow run` is at work; it does what is due itself"
+
+
+@sensor(
+    jobs=[jobs.month],
+    minimum_interval_seconds=LOOP_INTERVAL_S,
+    default_status=BY_ITSELF,
+    description="Notices months that have landed or were corrected, by the digests of their files, and requests one "
+    "run for each, older months first: a new month whole, of a corrected one the tables that changed. What else a "
+    "correction makes stale, the sensor corrections has made again. A month waits for the retraining that an older one "
+    "gave reason to.",
+)
+def landed_months(context: SensorEvaluationContext, core: PlatformResource) -> RunRequest | SkipReason:
+    """Request the next month's run."""
+    platform = core.platform
+    with loop.at_work(platform.database) as ours:
+        if not ours:
+            return SkipReason(BUSY)
+        step, left_out = _due(context.instance, platform)
+        said = f"; {', '.join(map(str, left_out))} failed and waits for a person" if left_out else ""
+        if step is None:
+            return SkipReason(f"every landed month is done{said}")
+        if step.cause is not None:
+            return SkipReason(f"the sensor retraining goes first: {step.month}, {step.reason}{said}")
+        if active := _active(context.instance, step.month):
+            return SkipReason(f"{step.month} is being worked on by run {active}{said}")
+        wanted = _requested(platform, step)
+        if not wanted:
+            return SkipReason(f"{step.month} is stale; the sensor corrections has {', '.join(step.assets)} made again")
+        return RunRequest(
+            run_key=_run_key(platform, step),
+            partition_key=str(step.month),
+            asset_selection=[AssetKey(name) for name in wanted],
+            tags={"streamflow/reason": step.reason},
+        )
+
+
+@sensor(
+    jobs=[jobs.training],
+    minimum_interval_seconds=LOOP_INTERVAL_S,
+    default_status=BY_ITSELF,
+    description="Reads the newest reports on drift and performance, decides by the policy whether a model must be "
+    "trained again, and requests one run for each cause. What becomes of the model is the promotion policy's to say.",
+)
+def retraining(context: SensorEvaluationContext, core: PlatformResource) -> RunRequest | SkipReason:
+    """Request a training when there is a cause for one."""
+    platform = core.platform
+    with loop.at_work(platform.database) as ours:
+        if not ours:
+            return SkipReason(BUSY)
+        decision = loop.decision(platform, loop.newest_labelled(month_statuses(platform)))
+        for alarm in decision.alarms:
+            context.log.warning(alarm)
+        step, _ = _due(context.instance, platform)
+        if step is None or step.cause is None:
+            return SkipReason(decision.reason)
+        if active := _active(context.instance, step.month):
+            return SkipReason(f"{step.month} is being worked on by run {active}")
+        return RunRequest(
+            run_key=step.cause,
+            partition_key=str(step.month),
+            run_config={"ops": {CHURN_MODEL: {"config": {"cause": step.cause, "reason": step.reason}}}},
+            tags={"streamflow/reason": step.reason},
+        )
+
+
+def _due(instance: DagsterInstance, platform: Platform) -> tuple[loop.Step | None, list[Month]]:
+    """The next step that was not tried in vain before, and the months that it leaves out because they failed."""
+    left_out: list[Month] = []
+    while (step := loop.due(platform, left_out)) is not None and step.cause is None:
+        if not _has_failed(instance, _run_key(platform, step)):
+            return step, left_out
+        left_out.append(step.month)
+    return step, left_out
+
+
+def _run_key(platform: Platform, step: loop.Step) -> str:
+    """Names what has landed of the month and what is to be made of it: the same is not requested twice."""
+    current = platform.landing.manifest(step.month).current
+    landed = ",".join(f"{name}@{current[name].sha256}" for name in sorted(current))
+    content = hashlib.sha256(f"{landed} {','.join(step.assets)}".encode()).hexdigest()
+    return f"{step.month}:{content[:16]}"
+
+
+def _requested(platform: Platform, step: loop.Step) -> Collection[str]:
+    """The assets of a step to ask for: all, or those that no automation condition sees."""
+    if AUTOMATION != "on":
+        return step.assets
+    status = next(one for one in month_statuses(platform) if one.month == str(step.month))
+    tables = {table.name for table in CONTRACT.tables}
+    return [name for name in step.assets if name in status.missing or name in tables]
+
+
+def _active(instance: DagsterInstance, month: Month) -> str | None:
+    """A run that is at work on the month, if any is."""
+    runs = instance.get_runs(RunsFilter(tags={PARTITION: str(month)}, statuses=ACTIVE), limit=1)
+    return runs[0].run_id if runs else None
+
+
+def _has_failed(instance: DagsterInstance, run_key: str) -> bool:
+    """Whether what was requested by this key is over, and yet due again."""
+    runs = instance.get_runs(RunsFilter(tags={RUN_KEY: run_key}), limit=1)
+    return bool(runs) and runs[0].is_finished
+
+
+corrections = AutomationConditionSensorDefinition(
+    "corrections",
+    target=AssetSelection.all(),
+    default_status=BY_ITSELF,
+    minimum_interval_seconds=LOOP_INTERVAL_S,
+    description="Makes anew, of whichever month, what was made from something that has been made anew since: the "
+    "automation conditions of the assets. Models are not among them; the sensor retraining decides about those.",
+)
 
 
 @sensor(
@@ -37,4 +182,4 @@ def registry_stages(context: SensorEvaluationContext, core: PlatformResource) ->
     return SkipReason(said or "MLflow's stages are those of the ledger")
 
 
-SENSORS = [registry_stages]
+SENSORS = [landed_months, corrections, retraining, registry_stages]

@@ -10,12 +10,12 @@ WITHOUT_LABELS = [name for name in relations() if not needs_labels(name)]
 whole_month = define_asset_job(
     "whole_month",
     selection=AssetSelection.all(),
-    description="A landed month through the whole graph: tables, snapshots, feature views, scores, reports, and a model.",
+    description="A landed month through the whole graph: data, scores, reports and a model.",
 )
 month = define_asset_job(
     "month",
     selection=AssetSelection.all() - AssetSelection.assets(*TRAINED),
-    description="A landed month as it is when it arrives: data, scores and reports, but no model. What the sensor runs.",
+    description="A landed month as it is when it arrives: data, scores and reports, but no model.",
 )
 month_without_labels = define_asset_job(
     "month_without_labels",
