@@ -12,6 +12,13 @@ from streamflow.settings import PROJECT_ROOT
 from streamflow_dagster.definitions import defs
 from streamflow_dagster.defs.partitions import MONTHLY
 
+SNAPSHOTS = (
+    "payments_agg_90d_snapshots",
+    "subscriptions_profile_snapshots",
+    "support_agg_90d_snapshots",
+    "usage_agg_30d_snapshots",
+    "users_snapshots",
+)
 GRAPH = {
     "users": ("landing", ()),
     "subscriptions": ("landing", ()),
@@ -30,17 +37,10 @@ GRAPH = {
     "support_agg_90d_fv": ("feature_views", ("support_agg_90d_snapshots",)),
     "contract_fv": ("feature_views", ("subscriptions_profile_snapshots",)),
     "customer_fv": ("feature_views", ("users_snapshots",)),
-    "training_dataset": (
-        "training",
-        (
-            "labels",
-            "payments_agg_90d_snapshots",
-            "subscriptions_profile_snapshots",
-            "support_agg_90d_snapshots",
-            "usage_agg_30d_snapshots",
-            "users_snapshots",
-        ),
-    ),
+    "training_dataset": ("training", ("labels", *SNAPSHOTS)),
+    "churn_scores": ("scoring", SNAPSHOTS),
+    "drift_report": ("monitoring", ("churn_scores", *SNAPSHOTS)),
+    "performance_report": ("monitoring", ("churn_scores", "training_dataset")),
     "churn_model": ("training", ("training_dataset",)),
     "registered_model_version": ("registry", ("churn_model",)),
 }
@@ -101,12 +101,33 @@ def test_training_runs_one_at_a_time():
 
 
 def test_the_jobs_a_person_finds():
-    whole = defs.resolve_job_def("whole_month").asset_layer.selected_asset_keys
-    data = defs.resolve_job_def("month_data").asset_layer.selected_asset_keys
-    assert {key.to_user_string() for key in whole} == set(GRAPH)
-    assert {key.to_user_string() for key in data} == {
-        name for name, (group, _) in GRAPH.items() if group in ("landing", "snapshots", "feature_views")
-    } - {"labels"}
+    trained, labelled = (
+        {"churn_model", "registered_model_version"},
+        {"labels", "training_dataset", "performance_report"},
+    )
+    jobs = {
+        "whole_month": set(GRAPH),
+        "month": set(GRAPH) - trained,
+        "month_without_labels": set(GRAPH) - trained - labelled,
+        "training": trained,
+    }
+    for name, assets in jobs.items():
+        job = defs.resolve_job_def(name)
+        assert {key.to_user_string() for key in job.asset_layer.selected_asset_keys} == assets, name
+        assert job.description, name
+
+
+def test_a_month_is_scored_before_it_is_trained_on():
+    priorities = {name: defs.resolve_assets_def(AssetKey(name)).op.tags.get("dagster/priority", "0") for name in GRAPH}
+    assert priorities == {name: "-1" if name == "churn_model" else "0" for name in GRAPH}
+
+
+def test_what_is_made_of_a_month_is_made_again_by_itself_but_for_files_and_models():
+    conditions = {
+        name: defs.resolve_asset_graph().get(AssetKey(name)).automation_condition is not None for name in GRAPH
+    }
+    by_hand = {*(table.name for table in CONTRACT.tables), "churn_model", "registered_model_version"}
+    assert conditions == {name: name not in by_hand for name in GRAPH}
 
 
 def test_the_workspace_validates_without_any_service():

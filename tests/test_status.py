@@ -34,8 +34,11 @@ SNAPSHOTS = (
     "payments_agg_90d_snapshots",
     "support_agg_90d_snapshots",
 )
+WATCHED = ("churn_scores", "drift_report", "performance_report")
 MODEL = ("training_dataset", "churn_model", "registered_model_version")
-EVERYTHING = (*TABLES, *SNAPSHOTS, *VIEWS, *MODEL)
+TRAINED = ("churn_model", "registered_model_version")
+EVERYTHING = (*TABLES, *SNAPSHOTS, *VIEWS, *WATCHED, *MODEL)
+UNTRAINED = tuple(name for name in EVERYTHING if name not in TRAINED)
 
 
 def manifest(*corrected: str, tables: Iterable[str] = TABLES) -> MonthManifest:
@@ -91,23 +94,32 @@ def test_the_graph_is_told_upstream_first() -> None:
     assert relations()["users_snapshots"] == ("users",)
 
 
-WITHOUT_LABELS = tuple(name for name in relations() if name != "labels" and name not in MODEL)
+WITHOUT_LABELS = tuple(name for name in relations() if name not in ("labels", "performance_report", *MODEL))
+UNTRAINED_IN_ORDER = tuple(name for name in relations() if name not in TRAINED)
+UNSCORED = tuple(name for name in relations() if name not in WATCHED)
 
 
 @pytest.mark.parametrize(
     ("landed", "written", "state", "missing"),
     [
-        (manifest(), {}, "landed", EVERYTHING),
+        (manifest(), {}, "landed", UNTRAINED),
         (manifest(tables=TABLES[:-1]), {}, "landed", WITHOUT_LABELS),
-        (manifest(), materialized(manifest(), "users"), "incomplete", set(EVERYTHING) - {"users"}),
-        (manifest(), materialized(manifest(), *WITHOUT_LABELS), "incomplete", {"labels", *MODEL}),
+        (manifest(), materialized(manifest(), "users"), "incomplete", set(UNTRAINED) - {"users"}),
+        (
+            manifest(),
+            materialized(manifest(), *WITHOUT_LABELS),
+            "incomplete",
+            {"labels", "training_dataset", "performance_report"},
+        ),
         (manifest(), materialized(manifest(), *list(relations())[:-1]), "incomplete", {"registered_model_version"}),
+        (manifest(), materialized(manifest(), *UNSCORED), "incomplete", WATCHED),
+        (manifest(), materialized(manifest(), *UNTRAINED_IN_ORDER), "complete", set()),
         (manifest(tables=TABLES[:-1]), materialized(manifest(), *WITHOUT_LABELS), "unlabelled", set()),
         (manifest(), COMPLETE, "complete", set()),
     ],
 )
 def test_states(landed: MonthManifest, written: dict[str, MonthWrite], state: str, missing: Iterable[str]) -> None:
-    status = month_status(landed, written)
+    status = month_status(landed, written, in_production=True)
 
     assert status.state == state
     assert set(status.missing) == set(missing)
@@ -120,30 +132,33 @@ def test_states(landed: MonthManifest, written: dict[str, MonthWrite], state: st
 @pytest.mark.parametrize(
     ("corrected", "stale"),
     [
-        ("usage_agg_30d", {"usage_agg_30d_snapshots", "usage_agg_30d_fv", *MODEL}),
-        ("payments_agg_90d", {"payments_agg_90d_snapshots", "payments_agg_90d_fv", *MODEL}),
-        ("subscriptions", {"subscriptions_profile_snapshots", "subs_profile_fv", "contract_fv", *MODEL}),
-        ("labels", set(MODEL)),
-        ("users", {*SNAPSHOTS, *VIEWS, *MODEL}),
+        ("usage_agg_30d", {"usage_agg_30d_snapshots", "usage_agg_30d_fv", *WATCHED, *MODEL}),
+        ("payments_agg_90d", {"payments_agg_90d_snapshots", "payments_agg_90d_fv", *WATCHED, *MODEL}),
+        ("subscriptions", {"subscriptions_profile_snapshots", "subs_profile_fv", "contract_fv", *WATCHED, *MODEL}),
+        ("labels", {"performance_report", *MODEL}),
+        ("users", {*SNAPSHOTS, *VIEWS, *WATCHED, *MODEL}),
     ],
 )
 def test_a_corrected_table_makes_stale_what_depends_on_it_and_nothing_else(corrected: str, stale: set[str]) -> None:
-    status = month_status(manifest(corrected), COMPLETE)
+    status = month_status(manifest(corrected), COMPLETE, in_production=True)
 
     assert status.state == "stale"
     assert set(status.stale) == {corrected, *stale}
     assert status.missing == ()
-    assert status.is_pending
+    assert status.pending == tuple(name for name in relations() if name in {corrected, *stale} - set(TRAINED))
     assert status.revision == 2
 
 
 def test_staleness_ends_step_by_step_as_it_is_materialized_again() -> None:
     landed, written = manifest("usage_agg_30d"), COMPLETE
-    chain = ["usage_agg_30d", "usage_agg_30d_snapshots", "usage_agg_30d_fv", *MODEL]
+    of_it = {"usage_agg_30d", "usage_agg_30d_snapshots", "usage_agg_30d_fv", *WATCHED, *MODEL}
+    chain = [name for name in relations() if name in of_it]
     for number, name in enumerate(chain):
-        assert month_status(landed, written).stale == tuple(chain[number:])
+        status = month_status(landed, written, in_production=True)
+        assert status.stale == tuple(chain[number:])
+        assert status.is_pending == (number < len(chain) - 2)
         written = materialized(landed, name, old=written)
-    assert month_status(landed, written).state == "complete"
+    assert month_status(landed, written, in_production=True).state == "complete"
 
 
 def test_a_correction_that_changes_no_content_ends_at_the_snapshot() -> None:
@@ -151,23 +166,30 @@ def test_a_correction_that_changes_no_content_ends_at_the_snapshot() -> None:
     written = materialized(landed, "usage_agg_30d", old=COMPLETE)
     snapshot = COMPLETE["usage_agg_30d_snapshots"]
     sources = {**snapshot.sources, "usage_agg_30d": written["usage_agg_30d"].as_source}
-    assert month_status(landed, {**written, snapshot.relation: replace(snapshot, sources=sources)}).state == "complete"
+    written = {**written, snapshot.relation: replace(snapshot, sources=sources)}
+    assert month_status(landed, written, in_production=True).state == "complete"
 
 
 def test_stale_is_said_before_incomplete() -> None:
     written = {name: write for name, write in COMPLETE.items() if name != "registered_model_version"}
-    status = month_status(manifest("labels"), written)
+    status = month_status(manifest("labels"), written, in_production=True)
 
     assert status.state == "stale"
     assert status.missing == ("registered_model_version",)
-    assert status.stale == ("labels", "training_dataset", "churn_model")
+    assert status.stale == ("labels", "training_dataset", "performance_report", "churn_model")
+
+
+def test_nothing_is_to_be_scored_while_nothing_is_in_production() -> None:
+    status = month_status(manifest(), materialized(manifest(), *UNSCORED), in_production=False)
+    assert (status.state, status.pending) == ("complete", ())
 
 
 def test_a_second_labels_file_of_a_month_without_labels_is_no_concern_of_its_features() -> None:
     landed = manifest()
     written = materialized(manifest(tables=TABLES[:-1]), *WITHOUT_LABELS)
-    assert month_status(landed, written).state == "incomplete"
-    assert month_status(landed, materialized(landed, "labels", *MODEL, old=written)).state == "complete"
+    assert month_status(landed, written, in_production=True).state == "incomplete"
+    written = materialized(landed, "labels", "training_dataset", "performance_report", old=written)
+    assert month_status(landed, written, in_production=True).state == "complete"
 
 
 # --- production ---------------------------------------------------------------------------------------------------
@@ -233,7 +255,11 @@ def test_what_is_in_another_online_store_is_to_be_published_again(monkeypatch: p
     monkeypatch.setattr(status, "month_writes", lambda _: list(COMPLETE.values()))
     for online_store, state, missing in (("postgres", "complete", ()), ("redis", "incomplete", VIEWS)):
         platform = SimpleNamespace(
-            database=None, landing=landing, contract=CONTRACT, settings=Settings(online_store=online_store)
+            database=None,
+            landing=landing,
+            contract=CONTRACT,
+            settings=Settings(online_store=online_store),
+            ledger=SimpleNamespace(entries=lambda: [entry("promote", 1, "anna", 1)]),
         )
         (month,) = status.month_statuses(platform)  # type: ignore[arg-type]
         assert (month.state, month.missing, month.is_pending) == (state, missing, state == "incomplete")
