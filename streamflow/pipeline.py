@@ -35,6 +35,9 @@ from streamflow.promotion import (
     in_force,
 )
 from streamflow.registry import SCORER_PATH, Registry, RunRecord
+from streamflow.relations import CHURN_MODEL as CHURN_MODEL
+from streamflow.relations import REGISTERED_VERSION as REGISTERED_VERSION
+from streamflow.relations import TRAINING_DATASET as TRAINING_DATASET
 from streamflow.settings import PROJECT_ROOT, Settings
 from streamflow.training_config import TrainingConfig
 from streamflow.warehouse import MonthWrite, month_write, record
@@ -46,9 +49,6 @@ if TYPE_CHECKING:
     from streamflow.procedure import Candidate, Forward, Measured
     from streamflow.scoring import Scorer
 
-TRAINING_DATASET = "training_dataset"
-CHURN_MODEL = "churn_model"
-REGISTERED_VERSION = "registered_model_version"
 MODEL_CARD = "model_card.html"
 UNUSABLE = (ArtifactRefused, TrainingRefused, UnknownVersion)
 EXAMPLE_ROWS = 3
