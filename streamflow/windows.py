@@ -6,6 +6,7 @@ chosen window is `selection.py`'s, fitting is `training.py`'s.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -52,6 +53,11 @@ class WindowScore:
     within_one_standard_error: bool
     chosen: bool
     seconds: float
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The score as plain data, without the time it took, for the record of a version."""
+        return {name: value for name, value in asdict(self).items() if name != "seconds"}
 
 
 @dataclass(frozen=True)
