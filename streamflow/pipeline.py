@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     import feast
 
     from streamflow.evaluation import Comparison
-    from streamflow.procedure import Candidate, Forward, Measured, Procedure
+    from streamflow.procedure import Candidate, Forward, Measured
     from streamflow.scoring import Scorer
 
 TRAINING_DATASET = "training_dataset"
@@ -262,7 +262,8 @@ def train(
         service=service,
         contract=platform.contract,
     )
-    considered = _considered(platform, month, how)
+    datasets = [one for one in month_writes(platform.database) if one.relation == TRAINING_DATASET]
+    considered = _considered(month, how, datasets)
     earlier = [_earlier_dataset(platform, one, month) for one in considered]
     candidate = procedure.run(data, how, platform.contract, earlier=earlier)
     measured = procedure.measure(candidate, platform.policy, platform.contract)
@@ -304,6 +305,7 @@ def train(
         now,
         {
             "run_id": run_id,
+            "earlier_months": how.earlier_months,
             "service": model.service.name,
             "threshold": model.threshold,
             "artifact_sha256": candidate.artifact_sha256,
@@ -320,11 +322,8 @@ def earlier_sources(considered: Iterable[MonthWrite]) -> dict[str, Source]:
     return {f"{TRAINING_DATASET} {one.month}": one.as_source for one in considered}
 
 
-def _considered(platform: Platform, month: Month, how: "Procedure") -> list[MonthWrite]:
-    """The training datasets of earlier months, oldest first, that the procedure may learn from."""
-    written = {one.month: one for one in month_writes(platform.database) if one.relation == TRAINING_DATASET}
-    months = {one for window in how.windows(month, written) for one in window.months if one != month}
-    return [written[one] for one in sorted(months)]
+def considered(month: Month, reach: int | None, datasets: Iterable[MonthWrite]) -> list[MonthWrite]:
+    """Those of the training datasets, oldest first, that a model of ``month`` may learn from beside its own."""
 
 
 def _earlier_dataset(platform: Platform, source: MonthWrite, month: Month) -> TrainingDataset:

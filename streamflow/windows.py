@@ -115,10 +115,8 @@ def _told(window: Window) -> str:
 
 
 def as_table(choice: Choice) -> pd.DataFrame:
-    """A row for each window that was compared, simplest first, with the columns of `WindowScore`."""
-    return pd.DataFrame([asdict(score) for score in choice.scores]).assign(
-        months=[" ".join(score.months) for score in choice.scores]
-    )
+    """A row for each window that was compared, simplest first, with the columns of `WindowScore`; months in one text."""
+    return pd.DataFrame([{**asdict(score), "months": " ".join(score.months)} for score in choice.scores])
 
 
 def choose(
@@ -143,7 +141,7 @@ def choose(
 
     if len(windows) == 1:
         (only,) = windows
-        return Choice(only, f"{_told(only)} is the only window: no other month of training.toml's windows has labels.")
+        return Choice(only, f"{only.months[-1]} was the only month to learn from.")
     estimator = config.windows.estimator
     pooled = [in_order(pool(window, rows)) for window in windows]
     newest = [of_newest_month(one) for one in pooled]
