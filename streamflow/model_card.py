@@ -153,7 +153,7 @@ def render(card: Card) -> str:
             images={name: _Image.of(png) for name, png in card.plots.items()},
             metrics=METRICS,
             not_taken=NOT_TAKEN,
-            windows=card.windows.astype(object).where(card.windows.notna(), None).to_dict("records"),
+            windows=_records(card.windows),
             candidates=card.candidates.to_dict("records"),
             costs=cost_matrix(card.fee, card.assumptions),
             importances=[(feature, Interval(*fall)) for feature, *fall in card.importances[_IMPORTANCES].to_numpy()],
@@ -214,6 +214,14 @@ def _with(html: str, place: str, content: str, whose: str) -> str:
 def _lowest(segments: Iterable[Segment], metric: str) -> Segment | None:
     measured = [segment for segment in segments if metric in segment.metrics]
     return min(measured, key=lambda segment: segment.metrics[metric].value, default=None)
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table, with None for what is missing in a column of numbers."""
+    return [
+        {str(name): None if pd.isna(value) else value for name, value in row.items()}
+        for row in table.to_dict("records")
+    ]
 
 
 def _calibration(card: Card) -> str:

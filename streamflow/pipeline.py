@@ -263,8 +263,8 @@ def train(
         contract=platform.contract,
     )
     datasets = [one for one in month_writes(platform.database) if one.relation == TRAINING_DATASET]
-    considered = _considered(month, how, datasets)
-    earlier = [_earlier_dataset(platform, one, month) for one in considered]
+    others = considered(month, how.earlier_months, datasets)
+    earlier = [_earlier_dataset(platform, one, month) for one in others]
     candidate = procedure.run(data, how, platform.contract, earlier=earlier)
     measured = procedure.measure(candidate, platform.policy, platform.contract)
     model, not_validated = candidate.model, []
@@ -283,7 +283,7 @@ def train(
         "window_reason": candidate.window.reason,
         "windows": [score.document for score in candidate.window.scores],
         **_origin(platform, source),
-        "earlier": [_origin(platform, one) for one in considered],
+        "earlier": [_origin(platform, one) for one in others],
         "estimator": model.estimator,
         "service": model.service.name,
         "calibrated": model.calibrated,
@@ -301,7 +301,7 @@ def train(
         source.revision,
         candidate.predictions_digest,
         source.rows,
-        {TRAINING_DATASET: source.as_source, **earlier_sources(considered)},
+        {TRAINING_DATASET: source.as_source, **earlier_sources(others)},
         now,
         {
             "run_id": run_id,
@@ -317,13 +317,19 @@ def train(
     return Trained(_recorded(platform, written), run_id, candidate, measured, forwards, tuple(not_validated), images)
 
 
-def earlier_sources(considered: Iterable[MonthWrite]) -> dict[str, Source]:
-    """How what is made from training datasets of earlier months names them."""
-    return {f"{TRAINING_DATASET} {one.month}": one.as_source for one in considered}
+def considered(month: Month, earlier_months: int | None, datasets: Iterable[MonthWrite]) -> list[MonthWrite]:
+    """Of training datasets the earlier ones, oldest first, that a model of ``month`` may learn from beside its own.
+
+    They are those of so many calendar months before, or with None of all.
+    """
+    oldest = None if earlier_months is None else month.shift(-earlier_months)
+    found = [one for one in datasets if one.month < month and (oldest is None or one.month >= oldest)]
+    return sorted(found, key=lambda one: one.month)
 
 
-def considered(month: Month, reach: int | None, datasets: Iterable[MonthWrite]) -> list[MonthWrite]:
-    """Those of the training datasets, oldest first, that a model of ``month`` may learn from beside its own."""
+def earlier_sources(others: Iterable[MonthWrite]) -> dict[str, Source]:
+    """How a model that was chosen with training datasets of earlier months in view names them."""
+    return {f"{TRAINING_DATASET} {one.month}": one.as_source for one in others}
 
 
 def _earlier_dataset(platform: Platform, source: MonthWrite, month: Month) -> TrainingDataset:

@@ -14,8 +14,8 @@ from streamflow.pipeline import (
     REGISTERED_VERSION,
     TRAINING_DATASET,
     Platform,
+    considered,
     earlier_sources,
-    would_consider,
 )
 from streamflow.promotion import Entry, Version, decision_in_force, in_force
 from streamflow.warehouse import MonthWrite, month_writes
@@ -134,8 +134,8 @@ def _stale(
 
 def _considered_others(model: MonthWrite, earlier: Sequence[MonthWrite]) -> bool:
     """Whether a model's window was chosen among other datasets of earlier months than would be now."""
-    considered = {name: source for name, source in model.sources.items() if name != TRAINING_DATASET}
-    return considered != earlier_sources(would_consider(model, earlier))
+    then = {name: source for name, source in model.sources.items() if name != TRAINING_DATASET}
+    return then != earlier_sources(considered(model.month, model.facts.get("earlier_months", 0), earlier))
 
 
 def production_status(entries: list[Entry], versions: Iterable[Version]) -> ProductionStatus | None:

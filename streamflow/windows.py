@@ -84,6 +84,12 @@ def candidates(month: Month, labelled: Iterable[Month], windows: Windows) -> lis
     return list(found.values())
 
 
+def earlier_months(windows: Windows) -> int | None:
+    """How many calendar months before the newest the windows reach back at most; None for every one."""
+    reach = max(map(_reach, windows.names))
+    return None if np.isinf(reach) else int(reach) - 1
+
+
 def _reach(name: str) -> float:
     """How many calendar months a window may have."""
     if name.startswith("last "):
@@ -115,7 +121,7 @@ def _told(window: Window) -> str:
 
 
 def as_table(choice: Choice) -> pd.DataFrame:
-    """A row for each window that was compared, simplest first, with the columns of `WindowScore`; months in one text."""
+    """A row for each window that was compared, simplest first, with the columns of `WindowScore`, months as one."""
     return pd.DataFrame([{**asdict(score), "months": " ".join(score.months)} for score in choice.scores])
 
 

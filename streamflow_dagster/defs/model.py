@@ -11,7 +11,6 @@ from dagster import (
     Config,
     MaterializeResult,
     MetadataValue,
-    TimeWindowPartitionMapping,
     asset,
 )
 from pydantic import Field
@@ -20,7 +19,7 @@ from streamflow import pipeline
 from streamflow.contract import CONTRACT
 from streamflow.plots import with_interval
 from streamflow_dagster.defs import checks
-from streamflow_dagster.defs.partitions import MONTHLY
+from streamflow_dagster.defs.partitions import MONTHLY, up_to_the_month
 from streamflow_dagster.defs.resources import PlatformResource
 from streamflow_dagster.defs.results import (
     OWNERS,
@@ -79,30 +78,13 @@ def training_dataset(context: AssetExecutionContext, core: PlatformResource) -> 
 
 
 @asset(
-    deps=[
-        AssetDep(
-            training_dataset,
-            partition_mapping=TimeWindowPartitionMapping(
-                start_offset=-EARLIER_MONTHS, allow_nonexistent_upstream_partitions=True
-            ),
-        )
-    ],
+    deps=[AssetDep(training_dataset, partition_mapping=up_to_the_month(EARLIER_MONTHS))],
     group_name="training",
     owners=OWNERS,
     kinds={"scikitlearn", "mlflow"},
     code_version=pipeline.code_version(
-        *(
-            "contract",
-            "dataset",
-            "training",
-            "training_config",
-            "selection",
-            "windows",
-            "procedure",
-            "evaluation",
-            "bootstrap",
-        ),
-        *("value", "scoring", "report", "plots", "model_card"),
+        *("contract", "dataset", "training", "training_config", "selection", "windows", "procedure", "evaluation"),
+        *("bootstrap", "value", "scoring", "report", "plots", "model_card"),
     ),
     partitions_def=MONTHLY,
     check_specs=checks.of_model("churn_model"),
