@@ -25,7 +25,7 @@ State = Literal["landed", "incomplete", "stale", "unlabelled", "complete"]
 MEANINGS: Mapping[State, str] = {
     "landed": "files are in the landing zone, nothing is materialized",
     "incomplete": "materialization has not gone through",
-    "stale": "something was made from data that has been replaced since",
+    "stale": "something was made from data that has been replaced or added to since",
     "unlabelled": "features are online; labels.csv has not landed, so nothing is trained",
     "complete": "everything is materialized from what has landed",
 }
@@ -133,7 +133,7 @@ def _stale(
 
 
 def _considered_others(model: MonthWrite, earlier: Sequence[MonthWrite]) -> bool:
-    """Whether a model's window was chosen among other datasets of earlier months than would be now."""
+    """Whether a model's window was chosen in view of other datasets of earlier months than it would be now."""
     then = {name: source for name, source in model.sources.items() if name != TRAINING_DATASET}
     return then != earlier_sources(considered(model.month, model.facts.get("earlier_months", 0), earlier))
 
