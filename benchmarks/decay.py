@@ -108,7 +108,7 @@ def series(held_out: int, at_once: float, each_month: float, seed: int) -> list[
 
 def _faded(log_odds: Floats, share: float, rng: np.random.Generator) -> Floats:
     """Log odds as often as high as before, but of which a share has nothing to do with the user."""
-    middle, others = log_odds.mean(), rng.normal(0, 1.6, len(log_odds))
+    middle = log_odds.mean()
     return (
         middle + (1 - share) * (log_odds - middle) + np.sqrt(1 - (1 - share) ** 2) * rng.normal(0, 1.6, len(log_odds))
     )
