@@ -3,10 +3,11 @@
     python -m benchmarks.drift [--trials N]
 
 Months are of 7,043 users by the simulator, without season; all is seeded. Noise comes as consecutive months of one
-world (most users stay, as in real months), as independent months, as a month shuffled into two halves, and as a month of
-a tenth of the users. The score is the simulator's true probability of churn. A trial alarms when anything at all in its
-report is significant at `drift.ALPHA`. A miss rate is, by feature, the share of trials in which a feature that moved is
-not significant; shifts are in units of the feature's spread among like customers (0.1 is what the real 2024-02 did).
+world (most users stay, as in real months), as independent months, as a month shuffled into two halves, and as a month
+of a tenth of the users. The score is the simulator's true probability of churn. A trial alarms when anything at all in
+its report is significant at `drift.ALPHA`. A miss rate is, by feature, the share of trials in which a feature that
+moved is not significant; shifts are in units of the feature's spread among like customers (0.1 is what the real 2024-02
+did).
 """
 
 import argparse

@@ -3,7 +3,7 @@
 All of it is pure, and nothing heavy is imported: the service's page tells the state of months too.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, TypedDict
@@ -30,7 +30,7 @@ State = Literal["landed", "incomplete", "stale", "unlabelled", "complete"]
 MEANINGS: Mapping[State, str] = {
     "landed": "files are in the landing zone, nothing is materialized",
     "incomplete": "materialization has not gone through",
-    "stale": "something was made from data that has been replaced since",
+    "stale": "something was made from data that has been replaced or added to since",
     "unlabelled": "features are online and scored; labels.csv has not landed, so nothing is judged or trained",
     "complete": "everything is materialized from what has landed",
 }
@@ -106,6 +106,21 @@ def needs_labels(relation: str, contract: Contract = CONTRACT) -> bool:
     return relation == contract.label_table.name or any(needs_labels(source, contract) for source in graph[relation])
 
 
+def considered(month: Month, earlier_months: int | None, datasets: Iterable[MonthWrite]) -> list[MonthWrite]:
+    """Of training datasets the earlier ones, oldest first, that a model of ``month`` may learn from beside its own.
+
+    They are those of so many calendar months before, or with None of all.
+    """
+    oldest = None if earlier_months is None else month.shift(-earlier_months)
+    found = [one for one in datasets if one.month < month and (oldest is None or one.month >= oldest)]
+    return sorted(found, key=lambda one: one.month)
+
+
+def earlier_sources(others: Iterable[MonthWrite]) -> dict[str, Source]:
+    """How a model that was chosen with training datasets of earlier months in view names them."""
+    return {f"{TRAINING_DATASET} {one.month}": one.as_source for one in others}
+
+
 @dataclass(frozen=True)
 class Standing:
     """How far a month is; ``missing`` and ``stale`` are relations, upstream first."""
@@ -119,13 +134,14 @@ def standing(
     landed: Mapping[str, Source],
     written: Mapping[str, MonthWrite],
     contract: Contract = CONTRACT,
+    earlier: Sequence[MonthWrite] = (),
     *,
     in_production: bool,
 ) -> Standing:
     """Hold the tables that have landed for a month against what was made of them, both by relation.
 
-    ``in_production`` says whether there is a version to score with. A model is missing only where its training was
-    begun.
+    ``earlier`` has the training datasets of the months before it. ``in_production`` says whether there is a version to
+    score with. A model is missing only where its training was begun.
     """
     graph = relations(contract)
     labelled = contract.label_table.name in landed
@@ -135,7 +151,7 @@ def standing(
         *(() if CHURN_MODEL in written else TRAINED),
     }
     missing = tuple(name for name in graph if name not in written and name not in not_wanted)
-    stale = tuple(_stale(landed, written, graph))
+    stale = tuple(_stale(landed, written, graph, earlier))
     state: State = "complete" if labelled else "unlabelled"
     if stale:
         state = "stale"
@@ -145,7 +161,10 @@ def standing(
 
 
 def _stale(
-    landed: Mapping[str, Source], written: Mapping[str, MonthWrite], graph: Mapping[str, tuple[str, ...]]
+    landed: Mapping[str, Source],
+    written: Mapping[str, MonthWrite],
+    graph: Mapping[str, tuple[str, ...]],
+    earlier: Sequence[MonthWrite],
 ) -> Iterable[str]:
     """The relations that were made from content that is no longer in force, directly or further up."""
     found: set[str] = set()
@@ -158,6 +177,12 @@ def _stale(
             source in found or (source in written and write.sources.get(source) != written[source].as_source)
             for source in sources
         )
-        if replaced or outdated:
+        if replaced or outdated or (name == CHURN_MODEL and _considered_others(write, earlier)):
             found.add(name)
             yield name
+
+
+def _considered_others(model: MonthWrite, earlier: Sequence[MonthWrite]) -> bool:
+    """Whether a model's window was chosen in view of other datasets of earlier months than it would be now."""
+    then = {name: source for name, source in model.sources.items() if name != TRAINING_DATASET}
+    return then != earlier_sources(considered(model.month, model.facts.get("earlier_months", 0), earlier))

@@ -1,6 +1,6 @@
 """What the platform holds: the state of each month and what is in Production."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -10,8 +10,8 @@ from streamflow.pipeline import Platform
 from streamflow.promotion import Entry, Version, current, decision_in_force, in_force
 from streamflow.relations import MEANINGS as MEANINGS
 from streamflow.relations import TRAINED as TRAINED
+from streamflow.relations import TRAINING_DATASET, MonthWrite, Source, in_store, standing
 from streamflow.relations import WATCHED as WATCHED
-from streamflow.relations import MonthWrite, Source, in_store, standing
 from streamflow.relations import State as State
 from streamflow.relations import needs_labels as needs_labels
 from streamflow.relations import relations as relations
@@ -60,18 +60,20 @@ def month_status(
     manifest: MonthManifest,
     written: Mapping[str, MonthWrite],
     contract: Contract = CONTRACT,
+    earlier: Sequence[MonthWrite] = (),
     *,
     in_production: bool,
 ) -> MonthStatus:
-    """Hold what has landed against what was made of it; ``written`` is the month's writes by relation.
+    """Hold what has landed against what was made of it.
 
+    ``written`` is the month's writes by relation, ``earlier`` the training datasets of the months before it.
     ``in_production`` says whether there is a version to score with.
     """
     current_revisions = manifest.current
     landed: dict[str, Source] = {
         name: {"revision": one.revision, "digest": one.sha256} for name, one in current_revisions.items()
     }
-    stands = standing(landed, written, contract, in_production=in_production)
+    stands = standing(landed, written, contract, earlier, in_production=in_production)
     return MonthStatus(
         manifest.month,
         stands.state,
@@ -96,7 +98,14 @@ def month_statuses(platform: Platform) -> list[MonthStatus]:
     zone, contract = platform.landing, platform.contract
     written = in_store(month_writes(platform.database), platform.settings.online_store, contract)
     in_production = current(platform.ledger.entries()) is not None
+    datasets = [writes[TRAINING_DATASET] for writes in written.values() if TRAINING_DATASET in writes]
     return [
-        month_status(zone.manifest(month), written.get(month, {}), contract, in_production=in_production)
+        month_status(
+            zone.manifest(month),
+            written.get(month, {}),
+            contract,
+            [one for one in datasets if one.month < month],
+            in_production=in_production,
+        )
         for month in zone.months()
     ]
