@@ -20,6 +20,15 @@ from streamflow.relations import MEANINGS
 
 CHANCE = 0.5
 NO_BREAK = "\N{NO-BREAK SPACE}"
+DONE = {
+    "promote": "promoted",
+    "rollback": "rolled back",
+    "wait": "waits",
+    "refuse": "refused",
+    "threshold": "threshold",
+    "flag": "flagged",
+}
+"""What the actions of the ledger are called once they are done."""
 FOLDERS = (Path(__file__).parent / "templates", Path(streamflow.__file__).parent / "templates")
 STYLE = "".join(
     (folder / name).read_text() for folder, name in zip(FOLDERS, ("ops.css", "model_card.css"), strict=True)
@@ -50,6 +59,7 @@ def render(page: OpsPage, mlflow: str) -> str:
         heat=heat_map(page.drifts),
         mlflow=mlflow.rstrip("/"),
         meanings=MEANINGS,
+        done=DONE,
         style=STYLE,
     )
 
@@ -61,7 +71,7 @@ def unavailable(reason: str, at: datetime) -> str:
 
 # --- the plot of promised and achieved AUC --------------------------------------------------------------------------
 
-HEIGHT, TOP, BOTTOM, LEFT, RIGHT = 300, 18, 52, 42, 14
+HEIGHT, TOP, BOTTOM, LEFT, RIGHT = 300, 28, 52, 38, 14
 COLUMN, NARROW_COLUMN, FEW = 92, 62, 5
 
 
@@ -197,6 +207,7 @@ def _environment() -> Environment:
         "interval": lambda one: f"{amount(one.value, 3)} ({ends(one)})",
         "ends": ends,
         "percent_interval": lambda one: f"{amount(100 * one.value, 1)}{NO_BREAK}% ({ends(one, 100, 1)}{NO_BREAK}%)",
+        "sentence": lambda text: (text[:1].upper() + text[1:]).replace(" %", f"{NO_BREAK}%"),
         "minute": lambda at: f"{at.astimezone(UTC):%Y-%m-%d %H:%M} UTC",
         "second": lambda at: f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC",
         "iso": lambda at: at.astimezone(UTC).isoformat(timespec="seconds"),
