@@ -64,9 +64,11 @@ def land(platform, month, *, labelled=True):
 
 def run(platform, dagster, month, training=None):
     """The month as `streamflow run MONTH` runs it: how its main run ended, and the assets that were told of."""
-    runs, told = [], []
-    for step in loop.whole_months(platform, [month]):
-        runs.append(runner.run_assets(dagster, month, step.assets, training=training, progress=told.append))
+    told = []
+    runs = [
+        runner.run_assets(dagster, month, step.assets, training=training, progress=told.append)
+        for step in loop.whole_months(platform, [month])
+    ]
     return runs[0], told
 
 
@@ -107,7 +109,7 @@ def test_the_first_month_is_scored_by_the_model_that_it_gave_rise_to(platform, f
     """Scored in vain before its model, reported on after it."""
     _, told = february
     trained, reported = told.index("registered_model_version"), told.index("drift_report")
-    assert [at for at, name in enumerate(told) if name == "churn_scores"][0] < trained < reported
+    assert told.index("churn_scores") < trained < reported
     assert told.count("churn_scores") == 2
     assert told.count("performance_report") == 1
     assert scores.load(platform.database, FEBRUARY).version == 1
