@@ -1,10 +1,7 @@
 """What the service reads is what Feast answers; and Redis away, silent, empty, while PostgreSQL is there or not."""
 
 import asyncio
-import shutil
 import signal
-import socket
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
@@ -15,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import redis
+from scratch_redis import RedisServer, redis_of_its_own
 from serving_world import (
     BASELINE,
     FEATURES,
@@ -137,42 +135,10 @@ def test_many_users_are_one_question_to_feast(published: Published, monkeypatch:
 # --- faults -----------------------------------------------------------------------------------------------------
 
 
-class RedisServer:
-    """A Redis of the test's own, which it may stop."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = int(probe.getsockname()[1])
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self._folder = folder
-        self.start()
-
-    def start(self) -> None:
-        command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder)]
-        self.process = subprocess.Popen([*command, "--appendonly", "yes"], stdout=subprocess.DEVNULL)
-        eventually(self._answers)
-
-    def _answers(self) -> bool:
-        try:
-            return bool(redis.Redis.from_url(self.url).ping())
-        except redis.ConnectionError:
-            return False
-
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
-        self.process.terminate()
-        self.process.wait(10)
-
-
 @pytest.fixture
 def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
-    if not shutil.which("redis-server"):
-        pytest.skip("no redis-server to start and stop")
-    folder = tmp_path / "redis"
-    folder.mkdir()
-    server = RedisServer(folder)
-    yield server
-    server.stop()
+    with redis_of_its_own(tmp_path) as server:
+        yield server
 
 
 @pytest.fixture
