@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
@@ -35,6 +36,7 @@ from serving.schemas import MAX_BATCH
 from streamflow import features
 from streamflow.contract import CONTRACT, FeatureService
 from streamflow.database import Database
+from streamflow.errors import OnlineStoreUnavailable
 from streamflow.months import Month
 from streamflow.scoring import ScorerFeature
 from streamflow.settings import PROJECT_ROOT
@@ -130,6 +132,17 @@ def test_many_users_are_one_question_to_feast(published: Published, monkeypatch:
     assert len(asked) == (1 if published.redis_url else 0)
     assert [getattr(one, "user_id", None) for one in read] == [second, first, second, None]
     assert isinstance(read[3], UnknownUser)
+
+
+def test_a_batch_is_given_the_time_that_feast_takes_for_it(
+    month: tuple[Database, list[str]], redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.feast_features.READ_S", 0.1)
+    monkeypatch.setattr(FeastFeatureStore, "_read", lambda *_: time.sleep(0.4))
+    store, query = FeastFeatureStore(month[0].url, redis_url), query_of(CONTRACT.service("churn_v1"))
+    asyncio.run(store.read(query, ["one"] * MAX_BATCH))
+    with pytest.raises(OnlineStoreUnavailable, match="in time"):
+        asyncio.run(store.read(query, ["one"]))
 
 
 # --- faults -----------------------------------------------------------------------------------------------------
