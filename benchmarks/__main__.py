@@ -30,9 +30,12 @@ PARTS = {
 def main() -> None:
     """Run each part in a process of its own, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="PART")
+    parser.add_argument("parts", nargs="*", metavar="PART")
+    parts = parser.parse_args().parts or list(PARTS)
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"there is no part {', '.join(sorted(unknown))}; name some of {', '.join(PARTS)}")
     reports = {}
-    for part in parser.parse_args().parts or PARTS:
+    for part in parts:
         print(f"measuring {part}", file=sys.stderr)
         module, *options = PARTS[part]
         command = [sys.executable, "-m", f"benchmarks.{module}", *options]
