@@ -227,7 +227,9 @@ def test_one_window_needs_no_comparison(rows, config, monkeypatch):
     monkeypatch.setattr(selection, "out_of_fold", None)
     found = choose([Window("month", (JANUARY,))], rows, LABEL, V2, config)
     assert (found.window.months, found.scores) == ((JANUARY,), ())
-    assert found.reason == "2024-01 was the only month to learn from."
+    assert found.reason == "2024-01 is learned from alone: there was no other month to choose."
+    both = choose([Window("all", (JANUARY, FEBRUARY))], rows, LABEL, V2, config)
+    assert both.reason == "“all” (2024-01 to 2024-02) was the only window to choose."
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
