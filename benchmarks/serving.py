@@ -151,6 +151,7 @@ def serve_empty(port: int) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
     )
 
 

@@ -70,6 +70,7 @@ def _config(app: Litestar | str, settings: Settings, **options: Any) -> ServerCo
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=DRAIN_S,
         **options,
     )
