@@ -120,6 +120,12 @@ def _told(window: Window) -> str:
     return f"“{window.name}” ({last if first == last else f'{first} to {last}'})"
 
 
+def _reason_for_the_only(window: Window) -> str:
+    if len(window.months) == 1:
+        return f"{window.months[0]} is learned from alone: there was no other month to choose."
+    return f"{_told(window)} was the only window to choose."
+
+
 def as_table(choice: Choice) -> pd.DataFrame:
     """A row for each window that was compared, simplest first, with the columns of `WindowScore`, months as one."""
     return pd.DataFrame([{**asdict(score), "months": " ".join(score.months)} for score in choice.scores])
@@ -143,11 +149,11 @@ def choose(
     Neither ``n_jobs`` cores nor the order of rows or months change the result. Raises ConfigurationError and
     TrainingRefused as `training.fit` does.
     """
-    from sklearn.metrics import roc_auc_score
-
     if len(windows) == 1:
         (only,) = windows
-        return Choice(only, f"{only.months[-1]} was the only month to learn from.")
+        return Choice(only, _reason_for_the_only(only))
+    from sklearn.metrics import roc_auc_score
+
     estimator = config.windows.estimator
     pooled = [in_order(pool(window, rows)) for window in windows]
     newest = [of_newest_month(one) for one in pooled]

@@ -82,11 +82,12 @@ class Service(msgspec.Struct):
 
     image: str
     command: list[str]
-    environment: dict[str, str]
     restart: str
     cap_drop: list[str]
     security_opt: list[str]
     volumes: list[str]
+    environment: dict[str, str] = {}
+    profiles: list[str] = []
     build: Build | None = None
     pull_policy: str | None = None
     user: str | None = None
@@ -116,7 +117,8 @@ def services_of(variables: Mapping[str, str] = PASSWORDS) -> dict[str, Service]:
 
 SERVICES = services_of()
 HOSTS = (EVERYWHERE, *SERVICES)
-PLATFORM = {name: service for name, service in SERVICES.items() if name != "postgres"}
+PLATFORM = {name: service for name, service in SERVICES.items() if service.build}
+STARTED = {name: service for name, service in SERVICES.items() if not service.profiles}
 
 
 def image_files() -> list[str]:
@@ -169,7 +171,7 @@ class TestFiles:
             assert service.pull_policy == "build", name
             assert f" AS {service.build.target}\n" in DOCKERFILE, name
         bases = set(re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)) - {"base", "platform"}
-        for image in (*bases, SERVICES["postgres"].image):
+        for image in (*bases, SERVICES["postgres"].image, SERVICES["redis"].image):
             assert re.fullmatch(r"[a-z]+:\d+\.\d+(\.\d+)?(-\w+)*", image), f"{image} names a registry or no version"
 
     def test_server_is_the_embedded_one(self):
@@ -208,6 +210,18 @@ class TestFiles:
         assigned = dict(line.split("=") for line in EXAMPLE.splitlines() if line and not line.startswith("#"))
         assert assigned == dict.fromkeys(PASSWORDS, "")
         assert set(re.findall(r"\$\{(\w+):\?", COMPOSE)) == set(PASSWORDS)
+
+    def test_redis_is_there_for_who_asks_for_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        assert SERVICES["redis"].profiles == ["redis"]
+        assert "noeviction" in SERVICES["redis"].command
+        assert "STREAMFLOW_ONLINE_STORE=redis" in EXAMPLE
+        for chosen, url in ((None, None), ("redis", "redis://redis:6379/0")):
+            given = {**PASSWORDS, "STREAMFLOW_ONLINE_STORE": chosen} if chosen else PASSWORDS
+            for name, service in services_of(given).items():
+                if service.build:
+                    for variable, value in service.environment.items():
+                        monkeypatch.setenv(variable, value)
+                    assert Settings.load(home=tmp_path).online_redis_url == url, name
 
     def test_keys_of_the_api_outlive_its_container(self):
         service = SERVICES["api"]
@@ -288,10 +302,10 @@ class Containers:
     def up(self) -> None:
         """Start each service when those that it depends on are as it wants them."""
         shutil.copytree(PROJECT_ROOT, self.app, ignore=not_in_the_image)
-        for name in SERVICES:
+        for name in STARTED:
             self._mount(name)
         self._make_key()
-        order = TopologicalSorter({name: service.depends_on for name, service in SERVICES.items()})
+        order = TopologicalSorter({name: service.depends_on for name, service in STARTED.items()})
         order.prepare()
         while order.is_active():
             batch = order.get_ready()

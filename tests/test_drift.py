@@ -146,7 +146,7 @@ def test_many_distinct_integers_are_tested_as_continuous() -> None:
         (STALLS, [0, 1, 2, 3], [[60, 38, 1, 1], [60, 37, 2, 1]], [[60, 40], [60, 40]]),
         (STALLS, [0, 1, 2], [[2, 2, 96], [0, 1, 99]], [[4, 96], [1, 99]]),
         # Categories join the next more common one.
-        (PLAN, ["basic", "family", "trial", "plus"], [[80, 14, 2, 4], [70, 24, 1, 5]], [[80, 14, 6], [70, 24, 6]]),
+        (PLAN, ["plus", "family", "basic", "trial"], [[80, 14, 2, 4], [70, 24, 1, 5]], [[80, 14, 6], [70, 24, 6]]),
     ],
     ids=["rare numbers", "a rare end", "one common level", "rare categories"],
 )
@@ -173,7 +173,7 @@ def test_missing_values_that_become_more_are_drift() -> None:
     found = compared(reference, current).features[0]
     expected = stats.chi2_contingency([[10, 990], [100, 900]], correction=False)
     assert (found.test, found.about) == ("chi-squared", "missing")
-    assert found.p_value == pytest.approx(2 * expected.pvalue)
+    assert found.p_value == pytest.approx(2 * expected.pvalue, abs=0)
     assert (found.reference_missing, found.current_missing) == (0.01, 0.1)
     assert found.significant
     assert found.psi == pytest.approx((0.1 - 0.01) * np.log(10), rel=0.2)

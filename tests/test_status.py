@@ -200,7 +200,7 @@ def test_a_model_is_stale_when_its_window_would_be_chosen_among_other_months(
     version = written["registered_model_version"]
     written["registered_model_version"] = replace(version, sources={"churn_model": model.as_source})
     earlier = [dataset_of(JANUARY.shift(-ago), digest) for ago, digest in now.items()]
-    found = month_status(manifest(), written, earlier=earlier)
+    found = month_status(manifest(), written, earlier=earlier, in_production=True)
     assert found.stale == (("churn_model", "registered_model_version") if stale else ())
 
 
