@@ -12,7 +12,7 @@ from litestar.di import NamedDependency
 from litestar.exceptions import ClientException, InternalServerException, SerializationException
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
-from litestar.params import JSONBody, Parameter, SkipValidation
+from litestar.params import FromQuery, JSONBody, Parameter, SkipValidation
 from litestar.response.base import ASGIResponse
 from litestar.types import Scope
 from msgspec import UNSET
@@ -257,7 +257,7 @@ async def metrics_page(service: TheService) -> str:
 
 
 @get("/", media_type=MediaType.HTML, include_in_schema=False)
-async def ops(request: JsonRequest, service: TheService, request_id: str | None = None) -> Response[str]:
+async def ops(request: JsonRequest, service: TheService, request_id: FromQuery[str | None] = None) -> Response[str]:
     """The ops page, with the trace of ``request_id`` if given; for people, so it is no part of the API's description.
 
     503, and a page that says so, while the database cannot be read.
