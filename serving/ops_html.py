@@ -13,6 +13,7 @@ from math import ceil, floor
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 import streamflow
 from serving.ops_page import Drift, FeatureDrift, Interval, OpsPage
@@ -71,7 +72,7 @@ def unavailable(reason: str, at: datetime) -> str:
 
 # --- the plot of promised and achieved AUC --------------------------------------------------------------------------
 
-HEIGHT, TOP, BOTTOM, LEFT, RIGHT = 300, 28, 52, 38, 14
+HEIGHT, TOP, BOTTOM, LEFT, RIGHT = 300, 28, 52, 8, 44
 COLUMN, NARROW_COLUMN, FEW = 92, 62, 5
 
 
@@ -100,7 +101,7 @@ class PlotColumn:
 
 @dataclass(frozen=True)
 class QualityPlot:
-    """The plot, in pixels; ``ticks`` are values of AUC with their pixels from the top."""
+    """The plot, in pixels, with its axis beside the newest month; ``ticks`` are AUCs with their pixels from the top."""
 
     width: float
     height: float
@@ -166,7 +167,7 @@ class HeatRow:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """PSI by feature and month: ``rows`` are those that moved in some month, ``still`` names the others."""
+    """PSI by feature and month, the newest first: ``rows`` are those that moved in some, ``still`` names the others."""
 
     months: Sequence[Drift]
     rows: Sequence[HeatRow]
@@ -175,16 +176,17 @@ class HeatMap:
 
 
 def heat_map(drifts: Sequence[Drift]) -> HeatMap | None:
-    """The features that moved at all, the one that moved most first; None without reports."""
+    """The features that moved at all, the one that moved most first; None without reports, given oldest first."""
     if not drifts:
         return None
-    by_month = [{one.name: one for one in drift.features} for drift in drifts]
-    names = dict.fromkeys(name for features in reversed(by_month) for name in features)
+    months = list(reversed(drifts))
+    by_month = [{one.name: one for one in drift.features} for drift in months]
+    names = dict.fromkeys(name for features in by_month for name in features)
     rows = [HeatRow(name, [features.get(name) for features in by_month]) for name in names]
     moved = [row for row in rows if any(cell and (cell.significant or cell.size != "none") for cell in row.cells)]
     moved.sort(key=lambda row: -max(cell.psi for cell in row.cells if cell))
     still = [row.name for row in rows if row not in moved]
-    return HeatMap(drifts, moved, HeatRow("scores", [one.score for one in drifts]), still)
+    return HeatMap(months, moved, HeatRow("scores", [one.score for one in months]), still)
 
 
 # --- formats --------------------------------------------------------------------------------------------------------
@@ -207,7 +209,7 @@ def _environment() -> Environment:
         "interval": lambda one: f"{amount(one.value, 3)} ({ends(one)})",
         "ends": ends,
         "percent_interval": lambda one: f"{amount(100 * one.value, 1)}{NO_BREAK}% ({ends(one, 100, 1)}{NO_BREAK}%)",
-        "sentence": lambda text: (text[:1].upper() + text[1:]).replace(" %", f"{NO_BREAK}%"),
+        "sentence": sentence,
         "minute": lambda at: f"{at.astimezone(UTC):%Y-%m-%d %H:%M} UTC",
         "second": lambda at: f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC",
         "iso": lambda at: at.astimezone(UTC).isoformat(timespec="seconds"),
@@ -218,6 +220,16 @@ def _environment() -> Environment:
 def amount(value: float, digits: int = 0) -> str:
     """A number with thousands separators and a true minus sign."""
     return f"{value:,.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def sentence(text: str) -> Markup:
+    """A reason as a sentence begins, with what stands between backticks set as code."""
+    parts = (text[:1].upper() + text[1:]).replace(" %", f"{NO_BREAK}%").split("`")
+    if len(parts) % 2 == 0:
+        return escape("`".join(parts))
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if number % 2 else escape(part) for number, part in enumerate(parts)
+    )
 
 
 def ends(interval: Interval, times: float = 1, digits: int = 3) -> str:

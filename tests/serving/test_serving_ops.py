@@ -324,7 +324,7 @@ def test_the_story_of_two_months(story: Story, artifacts: tuple[bytes, bytes], p
     shifted = moved.features[0]
     assert shifted.significant
     assert [row[0] for row in heat] == ["hours", "scores of the version"]
-    assert heat[0][1:] == ["0.000", f"{shifted.psi:.3f} significant"]
+    assert heat[0][1:] == [f"{shifted.psi:.3f} significant", "0.000"]
     assert page.all("td", **{"class": f"number {shifted.size} significant"})
     assert "Nothing else moved: stalls, senior." in page.section("drift")
 
@@ -332,7 +332,7 @@ def test_the_story_of_two_months(story: Story, artifacts: tuple[bytes, bytes], p
     assert list(months) == ["2024-02", "2024-01"]
     assert months["2024-02"] == [
         "2024-02 complete", "7,043", "version 1", "123 worth 4,568",
-        f"1 of 3 significant largest: hours, {shifted.psi:.3f} ({shifted.size})",
+        f"1 of 3 significant hours {shifted.psi:.3f}, {shifted.size}",
         f"{auc['2024-02'].value:.3f} decayed promised 0.840", "version 2 promoted",
     ]  # fmt: skip
     assert months["2024-01"][4:] == [
@@ -756,6 +756,24 @@ def test_the_heat_map_keeps_what_moved_and_names_the_rest() -> None:
     heat = ops_html.heat_map([before, after])
     assert heat
     assert [row.name for row in heat.rows] == ["c", "b"]
-    assert [cell and cell.psi for cell in heat.rows[0].cells] == [None, 0.3]
-    assert [cell and cell.psi for cell in heat.rows[1].cells] == [0.2, None]
+    assert [cell and cell.psi for cell in heat.rows[0].cells] == [0.3, None]
+    assert [cell and cell.psi for cell in heat.rows[1].cells] == [None, 0.2]
     assert list(heat.still) == ["a", "d"]
+    assert [month.month for month in heat.months] == ["2024-02", "2024-01"]
+
+
+@pytest.mark.parametrize(
+    ("text", "html"),
+    [
+        ("every gate passed", "Every gate passed"),
+        ("say `streamflow promote 3` now", "Say <code>streamflow promote 3</code> now"),
+        ("`a` and `b`", "<code>a</code> and <code>b</code>"),
+        ("an odd ` one", "An odd ` one"),
+        ("a 95 % interval", "A 95\N{NO-BREAK SPACE}% interval"),
+        ("`<b>` & <i>", "<code>&lt;b&gt;</code> &amp; &lt;i&gt;"),
+        ("<script>`", "&lt;script&gt;`"),
+        ("", ""),
+    ],
+)
+def test_a_reason_is_set_as_a_sentence_and_never_as_html(text: str, html: str) -> None:
+    assert ops_html.sentence(text) == html
