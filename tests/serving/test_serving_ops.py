@@ -182,7 +182,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         assert len(dict(attrs)) == len(attrs), f"{tag} repeats an attribute"
-        element = SimpleNamespace(tag=tag, attrs={name: value or "" for name, value in attrs}, text="")
+        inside = [one.tag for one in self._open]
+        element = SimpleNamespace(tag=tag, attrs={name: value or "" for name, value in attrs}, text="", inside=inside)
         self.elements.append(element)
         if tag not in INLINE:
             self.handle_data(" ")
@@ -214,9 +215,7 @@ class Page(HTMLParser):
 
     @property
     def attention(self) -> list[str]:
-        return [
-            plain(item) for item in re.findall(r"<li>(.*?)</li>", self.html.partition("<aside")[2].partition("</a")[0])
-        ]
+        return [plain(one.text) for one in self.all("li") if "aside" in one.inside]
 
     def section(self, name: str) -> str:
         return plain(self.all("section", id=name)[0].text)
@@ -354,7 +353,8 @@ def test_what_is_in_production_is_held_against_what_it_promised(
 ) -> None:
     first = story.register(1, artifacts[0], auc=0.8)
     story.decide("promote", first)
-    report = story.performance(FEBRUARY, first, good=good)
+    story.performance(FEBRUARY, first, good=not good)
+    report = story.performance(FEBRUARY, first, good=good)  # the newest is the one in force
     auc = report.held_out.metrics["auc"]
     page = page_of()
     share = f"{100 * auc.value:.1f} % ({100 * auc.low:.1f} to {100 * auc.high:.1f} %)"
