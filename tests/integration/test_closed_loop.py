@@ -31,7 +31,7 @@ from streamflow_dagster.defs.resources import PlatformResource
 
 JANUARY, FEBRUARY, MARCH, APRIL = Month.parse_range("2024-01..2024-04")
 NOW = datetime(2024, 5, 1, tzinfo=UTC)
-USERS = 1500
+USERS = 2500
 TABLES = [table.name for table in CONTRACT.tables]
 
 
