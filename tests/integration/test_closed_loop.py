@@ -224,7 +224,7 @@ def test_a_corrected_table_is_brought_in_alone_and_the_conditions_make_what_depe
     header, *rows = file.read_text().splitlines()
     user, failed = rows[0].split(",")
     file.write_text("\n".join([header, f"{user},{int(failed) + 1}", *rows[1:]]) + "\n")
-    land(platform, MARCH, "payments_agg_90d")
+    land(platform, MARCH)
 
     assert daemon.work() == [("2024-03", {"payments_agg_90d"})]
     (march,) = (one for one in month_statuses(platform) if one.month == "2024-03")
@@ -257,6 +257,7 @@ def test_a_corrected_table_is_brought_in_alone_and_the_conditions_make_what_depe
 
 
 def test_a_month_that_fails_waits_for_a_person_and_holds_up_no_other(platform, daemon, two_months):
-    land(platform, APRIL, "users")
+    land(platform, APRIL)
+    platform.landing.path(APRIL, "users").unlink()
     assert [month for month, _ in daemon.work()] == ["2024-04"]
     assert "2024-04 failed and waits for a person" in daemon.evaluate(automation.landed_months).skip_message
