@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
 
 from streamflow import monitoring
 from streamflow.database import Database
@@ -30,8 +29,8 @@ from streamflow.retraining import (
 from streamflow.status import TRAINED, WATCHED, MonthStatus, month_statuses, needs_labels, relations
 from streamflow.warehouse import month_write
 
-if TYPE_CHECKING:
-    import psycopg
+MOST_ATTEMPTS = 3
+"""How often a training is begun for one cause when its process is killed each time."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,8 @@ def whole_months(platform: Platform, months: Iterable[Month]) -> Iterator[Step]:
         unlabelled = [name for name in graph if not needs_labels(name, platform.contract)]
         yield Step(month, tuple(graph) if labelled else tuple(unlabelled), f"{month} was asked for")
         status = next(one for one in month_statuses(platform) if one.month == str(month))
-        if scoring := tuple(name for name in status.pending if name in WATCHED):
-            yield Step(month, scoring, f"{month} can be scored now")
+        if status.pending and set(status.pending) <= set(WATCHED):
+            yield Step(month, status.pending, f"{month} can be scored now")
 
 
 # --- the situation --------------------------------------------------------------------------------------------------
@@ -154,38 +153,73 @@ def _corrections(platform: Platform, version: Version) -> Iterator[Correction]:
 
 
 def retrainings(database: Database, entries: Sequence[Entry], versions: Sequence[Version]) -> Iterator[Retraining]:
-    """Every retraining that was begun, oldest first, and what came of it."""
-    made = {version.lineage["cause"]: version.version for version in versions if version.lineage.get("cause")}
-    with database.connect() as connection:
-        rows = connection.execute(
-            "SELECT month, cause FROM streamflow.retrainings ORDER BY started_at, cause"
-        ).fetchall()
-    for month, cause in rows:
+    """Every retraining that is over, in the order in which they were begun, and what came of it.
+
+    One whose process was killed is not over: it may be begun again, up to ``MOST_ATTEMPTS`` times.
+    """
+    made = {version.lineage["cause"]: version.version for version in versions if version.lineage["cause"]}
+    for cause, begun in _begun(database).items():
         number = made.get(cause)
+        if number is None and not begun.failed and begun.attempts < MOST_ATTEMPTS:
+            continue
         promoted = any(one.version == number and one.action in MADE_PRODUCTION for one in entries)
         better = [] if number is None else [gate.passed for gate in gates_of(entries, number) if gate.name == BETTER]
-        yield Retraining(Month.parse(month), cause, promoted, helped=any(better) if better else (promoted or None))
+        yield Retraining(begun.month, cause, promoted, helped=any(better) if better else (promoted or None))
 
 
-def begin_retraining(platform: Platform, month: Month, cause: str, reason: str, *, by: str, now: datetime) -> None:
-    """State that a model is trained for a cause; raises TrainingRefused when one has been trained for it already."""
-    with platform.database.connect() as connection:
-        _lock_training(connection)
-        connection.execute(
-            "INSERT INTO streamflow.retrainings (cause, month, reason, by, started_at) VALUES (%s, %s, %s, %s, %s) "
-            "ON CONFLICT (cause) DO NOTHING",
-            (cause, str(month), reason, by, now),
-        )
-        try:
+@dataclass(frozen=True)
+class _Begun:
+    month: Month
+    attempts: int
+    failed: bool
+
+
+def _begun(database: Database) -> dict[str, _Begun]:
+    with database.connect() as connection:
+        rows = connection.execute(
+            "SELECT cause, min(month), count(*) FILTER (WHERE failure IS NULL), bool_or(failure IS NOT NULL) "
+            "FROM streamflow.retrainings GROUP BY cause ORDER BY min(id)"
+        ).fetchall()
+    return {cause: _Begun(Month.parse(month), attempts, failed) for cause, month, attempts, failed in rows}
+
+
+def attempt(database: Database, cause: str) -> int:
+    """Which attempt a training for that cause would be, from 1."""
+    begun = _begun(database).get(cause)
+    return 1 + (begun.attempts if begun else 0)
+
+
+@contextmanager
+def retraining(platform: Platform, month: Month, cause: str, reason: str, *, by: str, now: datetime) -> Iterator[None]:
+    """Around the training of a model for a cause: states that it is begun and, if it fails, with what.
+
+    Raises TrainingRefused, with nothing begun, when a model has been trained for the cause already.
+    """
+    try:
+        with platform.database.connect() as connection:
             trained = month_write(connection, CHURN_MODEL, month)
-        except UnknownMonth:
-            return
-    if trained.facts["lineage"].get("cause") == cause:
-        raise TrainingRefused(f"a model has been trained for {cause} already; nothing is trained twice for one cause")
+    except UnknownMonth:
+        pass
+    else:
+        if trained.facts["lineage"]["cause"] == cause:
+            raise TrainingRefused(f"a model has been trained for {cause} already; nothing is trained twice for it")
+    _note(platform.database, cause, month, reason, by, now, None)
+    try:
+        yield
+    except Exception as failure:
+        _note(platform.database, cause, month, reason, by, now, f"{type(failure).__name__}: {failure}")
+        raise
 
 
-def _lock_training(connection: "psycopg.Connection[Any]") -> None:
-    connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('streamflow retrainings', 0))")
+def _note(
+    database: Database, cause: str, month: Month, reason: str, by: str, now: datetime, failure: str | None
+) -> None:
+    with database.connect() as connection:
+        connection.execute(
+            "INSERT INTO streamflow.retrainings (cause, month, reason, by, at, failure) "
+            "VALUES (%s, %s, %s, %s, %s, %s)",
+            (cause, str(month), reason, by, now, failure),
+        )
 
 
 # --- one at a time --------------------------------------------------------------------------------------------------

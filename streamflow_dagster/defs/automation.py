@@ -24,7 +24,7 @@ from streamflow.errors import RegistryUnavailable
 from streamflow.months import Month
 from streamflow.pipeline import CHURN_MODEL, Platform
 from streamflow.settings import Settings
-from streamflow.status import month_statuses
+from streamflow.status import WATCHED, month_statuses
 from streamflow_dagster.defs import jobs
 from streamflow_dagster.defs.resources import PlatformResource
 
@@ -69,7 +69,8 @@ def landed_months(context: SensorEvaluationContext, core: PlatformResource) -> R
             return SkipReason(f"{step.month} is being worked on by run {active}{said}")
         wanted = _requested(platform, step)
         if not wanted:
-            return SkipReason(f"{step.month} is stale; the sensor corrections has {', '.join(step.assets)} made again")
+            stale = ", ".join(step.assets)
+            return SkipReason(f"{step.month} is stale; the sensor corrections, unless stopped, has {stale} made again")
         return RunRequest(
             run_key=_run_key(platform, step),
             partition_key=str(step.month),
@@ -100,7 +101,7 @@ def retraining(context: SensorEvaluationContext, core: PlatformResource) -> RunR
         if active := _active(context.instance, step.month):
             return SkipReason(f"{step.month} is being worked on by run {active}")
         return RunRequest(
-            run_key=step.cause,
+            run_key=f"{step.cause}, attempt {loop.attempt(platform.database, step.cause)}",
             partition_key=str(step.month),
             run_config={"ops": {CHURN_MODEL: {"config": {"cause": step.cause, "reason": step.reason}}}},
             tags={"streamflow/reason": step.reason},
@@ -111,18 +112,18 @@ def _due(instance: DagsterInstance, platform: Platform) -> tuple[loop.Step | Non
     """The next step that was not tried in vain before, and the months that it leaves out because they failed."""
     left_out: list[Month] = []
     while (step := loop.due(platform, left_out)) is not None and step.cause is None:
-        if not _has_failed(instance, _run_key(platform, step)):
+        if not _in_vain(instance, platform, step):
             return step, left_out
         left_out.append(step.month)
     return step, left_out
 
 
 def _run_key(platform: Platform, step: loop.Step) -> str:
-    """Names what has landed of the month and what is to be made of it: the same is not requested twice."""
+    """Names what has landed of the month, and whether all is to be made of it or only what waited for Production."""
     current = platform.landing.manifest(step.month).current
     landed = ",".join(f"{name}@{current[name].sha256}" for name in sorted(current))
-    content = hashlib.sha256(f"{landed} {','.join(step.assets)}".encode()).hexdigest()
-    return f"{step.month}:{content[:16]}"
+    what = "scores" if set(step.assets) <= set(WATCHED) else "month"
+    return f"{what} {step.month}:{hashlib.sha256(landed.encode()).hexdigest()[:16]}"
 
 
 def _requested(platform: Platform, step: loop.Step) -> Collection[str]:
@@ -140,10 +141,12 @@ def _active(instance: DagsterInstance, month: Month) -> str | None:
     return runs[0].run_id if runs else None
 
 
-def _has_failed(instance: DagsterInstance, run_key: str) -> bool:
-    """Whether what was requested by this key is over, and yet due again."""
-    runs = instance.get_runs(RunsFilter(tags={RUN_KEY: run_key}), limit=1)
-    return bool(runs) and runs[0].is_finished
+def _in_vain(instance: DagsterInstance, platform: Platform, step: loop.Step) -> bool:
+    """Whether what would be requested for a step has been, and is over, and yet is to be done."""
+    runs = instance.get_runs(RunsFilter(tags={RUN_KEY: _run_key(platform, step)}), limit=1)
+    if not runs or not runs[0].is_finished:
+        return False
+    return runs[0].status is not DagsterRunStatus.SUCCESS or bool(_requested(platform, step))
 
 
 corrections = AutomationConditionSensorDefinition(

@@ -1,5 +1,6 @@
 """The model: what it learns from, the trained pipeline, and its version in the registry."""
 
+from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 
 from dagster import (
@@ -16,6 +17,7 @@ from pydantic import Field
 
 from streamflow import loop, pipeline
 from streamflow.contract import CONTRACT
+from streamflow.months import Month
 from streamflow.plots import with_interval
 from streamflow_dagster.defs import checks
 from streamflow_dagster.defs.conditions import WHEN_REMADE
@@ -100,12 +102,10 @@ def training_dataset(context: AssetExecutionContext, core: PlatformResource) -> 
 def churn_model(context: AssetExecutionContext, core: PlatformResource, config: TrainingChoice) -> MaterializeResult:
     """The month's churn model: chosen, fitted, evaluated on held-out users, compiled, and logged in MLflow."""
     started, month = perf_counter(), month_of(context)
-    if config.cause is not None:
-        by, reason = core.platform.settings.actor, config.reason or config.cause
-        loop.begin_retraining(core.platform, month, config.cause, reason, by=by, now=core.now())
-    trained = pipeline.train(
-        core.platform, month, core.now(), estimator=config.estimator, service=config.service, cause=config.cause
-    )
+    with _for_its_cause(core, month, config):
+        trained = pipeline.train(
+            core.platform, month, core.now(), estimator=config.estimator, service=config.service, cause=config.cause
+        )
     parity, model, evidence = trained.candidate.parity, trained.candidate.model, trained.measured.evidence
     agreement = AssetCheckResult(
         passed=parity.holds,
@@ -138,6 +138,13 @@ def churn_model(context: AssetExecutionContext, core: PlatformResource, config: 
             "MLflow run": MetadataValue.url(pipeline.run_link(core.platform, trained.run_id)),
         },
     )
+
+
+def _for_its_cause(core: PlatformResource, month: Month, config: TrainingChoice) -> AbstractContextManager[None]:
+    if config.cause is None:
+        return nullcontext()
+    by, reason = core.platform.settings.actor, config.reason or config.cause
+    return loop.retraining(core.platform, month, config.cause, reason, by=by, now=core.now())
 
 
 @asset(

@@ -18,6 +18,7 @@ from dagster import (
 
 from streamflow import loop, monitoring, pipeline, scores, stack
 from streamflow.contract import CONTRACT
+from streamflow.errors import TrainingRefused
 from streamflow.landing import LandingZone
 from streamflow.months import Month
 from streamflow.pipeline import Platform
@@ -31,7 +32,7 @@ from streamflow_dagster.defs.resources import PlatformResource
 
 JANUARY, FEBRUARY, MARCH, APRIL = Month.parse_range("2024-01..2024-04")
 NOW = datetime(2024, 5, 1, tzinfo=UTC)
-USERS = 1500
+USERS = 2500
 TABLES = [table.name for table in CONTRACT.tables]
 
 
@@ -195,9 +196,40 @@ def test_nothing_is_requested_while_the_command_line_is_at_work(platform, daemon
             assert daemon.evaluate(sensor).skip_message == automation.BUSY
 
 
+def causes(platform):
+    over = loop.retrainings(platform.database, platform.ledger.entries(), platform.ledger.versions())
+    return [one.cause for one in over]
+
+
 def test_a_cause_is_trained_for_once(platform, two_months):
-    with pytest.raises(Exception, match=r"decay:2024-02:version 1 already; nothing is trained twice"):
-        loop.begin_retraining(platform, FEBRUARY, "decay:2024-02:version 1", "again", by="tester", now=NOW)
+    cause = "decay:2024-02:version 1"
+    with (
+        pytest.raises(TrainingRefused, match=rf"{cause} already; nothing is trained twice"),
+        loop.retraining(platform, FEBRUARY, cause, "again", by="tester", now=NOW),
+    ):
+        pytest.fail("it was trained for again")
+    assert loop.attempt(platform.database, cause) == 2
+
+
+def test_a_training_that_was_killed_is_begun_again_some_times_and_one_that_failed_is_not(platform, two_months):
+    class Killed(BaseException):
+        """As far as the record is concerned: nothing runs after it."""
+
+    for attempt in (1, 2, 3):
+        assert loop.attempt(platform.database, "killed") == attempt
+        assert "killed" not in causes(platform)
+        with pytest.raises(Killed), loop.retraining(platform, FEBRUARY, "killed", "why", by="tester", now=NOW):
+            raise Killed
+    assert causes(platform)[-1] == "killed"
+    with (
+        pytest.raises(ValueError, match="no luck"),
+        loop.retraining(platform, FEBRUARY, "failed", "why", by="tester", now=NOW),
+    ):
+        raise ValueError("no luck")
+    assert causes(platform)[-1] == "failed"
+    with platform.database.connect() as connection:
+        rows = connection.execute("SELECT failure FROM streamflow.retrainings WHERE cause = 'failed'").fetchall()
+    assert rows == [(None,), ("ValueError: no luck",)]
 
 
 def test_a_month_without_labels_is_scored_and_checked_for_drift(platform, daemon, two_months):
@@ -224,13 +256,13 @@ def test_a_corrected_table_is_brought_in_alone_and_the_conditions_make_what_depe
     header, *rows = file.read_text().splitlines()
     user, failed = rows[0].split(",")
     file.write_text("\n".join([header, f"{user},{int(failed) + 1}", *rows[1:]]) + "\n")
-    land(platform, MARCH, "payments_agg_90d")
+    land(platform, MARCH)
 
     assert daemon.work() == [("2024-03", {"payments_agg_90d"})]
     (march,) = (one for one in month_statuses(platform) if one.month == "2024-03")
     depends = {"payments_agg_90d_snapshots", "payments_agg_90d_fv", "training_dataset", *REPORTED}
     assert set(march.stale) == depends
-    assert "the sensor corrections has" in daemon.evaluate(automation.landed_months).skip_message
+    assert "the sensor corrections, unless stopped, has" in daemon.evaluate(automation.landed_months).skip_message
 
     old = {one.month: one.digest for one in monitoring.reports(platform.database, "drift_report").values()}
     made: set[str] = set()
@@ -257,6 +289,7 @@ def test_a_corrected_table_is_brought_in_alone_and_the_conditions_make_what_depe
 
 
 def test_a_month_that_fails_waits_for_a_person_and_holds_up_no_other(platform, daemon, two_months):
-    land(platform, APRIL, "users")
+    land(platform, APRIL)
+    platform.landing.path(APRIL, "users").unlink()
     assert [month for month, _ in daemon.work()] == ["2024-04"]
     assert "2024-04 failed and waits for a person" in daemon.evaluate(automation.landed_months).skip_message

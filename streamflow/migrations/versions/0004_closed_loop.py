@@ -43,14 +43,19 @@ STATEMENTS = (
     """,
     """
     CREATE TABLE streamflow.retrainings (
-        cause text PRIMARY KEY,
+        id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        cause text NOT NULL,
         month text NOT NULL,
         reason text NOT NULL,
         by text NOT NULL CHECK (by <> ''),
-        started_at timestamptz NOT NULL
+        at timestamptz NOT NULL,
+        failure text
     )
     """,
-    "COMMENT ON TABLE streamflow.retrainings IS 'What a model was trained again for: each cause once'",
+    """
+    COMMENT ON TABLE streamflow.retrainings IS
+    'What a model is trained again for: a row when it is begun, and another with the failure if it fails'
+    """,
     *(
         f"""
         CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON streamflow.{table}
