@@ -182,13 +182,17 @@ class Drift(Struct, frozen=True):
 
 
 class Retraining(Struct, frozen=True):
-    """A model that was trained for a cause, and the version that came of it, if one did, and what became of that."""
+    """A model that is trained for a cause, and the version that came of it, if one did, and what became of that.
+
+    ``failure`` is what the newest of its ``attempts`` ended with, None for one that is under way, done or was killed.
+    """
 
     month: str
     cause: str
     reason: str
-    by: str
-    started_at: datetime
+    begun_at: datetime
+    attempts: int
+    failure: str | None
     version: int | None
     outcome: str | None
 
@@ -314,7 +318,9 @@ class OpsPage:
             if one.standing.state in ("stale", "incomplete")
         ]
         found += [
-            f"The retraining for {one.month} has no version yet: it is under way, or failed."
+            f"The retraining for {one.month} failed: {one.failure}"
+            if one.failure
+            else f"The retraining for {one.month} has no version yet: it is under way, or its process was killed."
             for one in self.retrainings
             if one.version is None
         ]
@@ -343,11 +349,12 @@ _VERSION = """
         ) AS threshold,
         lineage -> 'estimator' AS estimator, lineage -> 'calibrated' AS calibrated,
         coalesce(lineage -> 'window', '[]') AS window, lineage -> 'window_reason' AS window_reason,
-        lineage -> 'code_version' AS code_version, retrainings.reason AS because,
+        lineage -> 'code_version' AS code_version,
+        (SELECT retrainings.reason FROM streamflow.retrainings
+         WHERE cause = lineage ->> 'cause' ORDER BY id DESC LIMIT 1) AS because,
         registered.evidence #> '{metrics,auc}' AS promised, registered.evidence -> 'users' AS users
     FROM streamflow.promotion_ledger AS decided
     JOIN streamflow.model_versions AS registered USING (version)
-    LEFT JOIN streamflow.retrainings ON retrainings.cause = lineage ->> 'cause'
 """
 PRODUCTION = f"{_VERSION} WHERE decided.action IN ('promote', 'rollback') ORDER BY decided.id DESC LIMIT 1"
 _WAITING = """
@@ -391,15 +398,21 @@ DRIFT = """
     FROM streamflow.reports WHERE kind = 'drift_report' AND month = ANY($1) ORDER BY month, id DESC
 """
 RETRAININGS = """
-    SELECT retrainings.month, retrainings.cause, retrainings.reason, retrainings.by, started_at, made.version,
+    SELECT begun.*, made.version,
         (SELECT action FROM streamflow.promotion_ledger AS decided
          WHERE decided.version = made.version AND action IN ('promote', 'rollback', 'wait', 'refuse')
          ORDER BY id DESC LIMIT 1) AS outcome
-    FROM streamflow.retrainings
+    FROM (
+        SELECT cause, min(month) AS month, (array_agg(reason ORDER BY id DESC))[1] AS reason, min(at) AS begun_at,
+            count(*) FILTER (WHERE failure IS NULL) AS attempts,
+            (array_agg(failure ORDER BY id DESC))[1] AS failure
+        FROM streamflow.retrainings GROUP BY cause
+    ) AS begun
     LEFT JOIN LATERAL (
-        SELECT version FROM streamflow.model_versions WHERE lineage ->> 'cause' = cause ORDER BY version DESC LIMIT 1
+        SELECT version FROM streamflow.model_versions
+        WHERE lineage ->> 'cause' = begun.cause ORDER BY version DESC LIMIT 1
     ) AS made ON true
-    ORDER BY started_at DESC, cause LIMIT $1
+    ORDER BY begun_at DESC, cause LIMIT $1
 """
 LOGGED = "SELECT * FROM streamflow.predictions WHERE request_id = $1::uuid"
 ORIGIN = """

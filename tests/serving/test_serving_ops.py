@@ -3,6 +3,7 @@
 import re
 from base64 import b64encode
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -24,6 +25,7 @@ from streamflow import decay, drift, loop, monitoring, promotion, relations, sco
 from streamflow.api_keys import make_key
 from streamflow.contract import Column
 from streamflow.database import Database
+from streamflow.errors import TrainingRefused
 from streamflow.gates import absolute_gates
 from streamflow.months import Month
 from streamflow.promotion import Entry, Ledger, Version
@@ -136,9 +138,14 @@ class Story:
         monitoring._keep(platform, kind, month, version, content, source, 7043, self.at)
         self.month(month, version=version.version)
 
-    def retrain(self, month: Month, cause: str, reason: str) -> None:
+    def retrain(self, month: Month, cause: str, reason: str, failure: str = "") -> None:
         platform: Any = SimpleNamespace(database=self.database)
-        loop.begin_retraining(platform, month, cause, reason, by="ada", now=self.later())
+        with (
+            pytest.raises(TrainingRefused) if failure else nullcontext(),
+            loop.retraining(platform, month, cause, reason, by="ada", now=self.later()),
+        ):
+            if failure:
+                raise TrainingRefused(failure)
 
 
 @pytest.fixture
@@ -246,7 +253,7 @@ def test_an_empty_platform_says_how_to_begin(page_of: Callable[..., Page]) -> No
     assert "streamflow land FOLDER --month YYYY-MM" in page.header
     assert page.attention == [
         "This service answers no prediction: no version is in Production; "
-        "run `streamflow promote VERSION --by NAME --reason TEXT`."
+        "run streamflow promote VERSION --by NAME --reason TEXT."
     ]
     for section, says in {
         "waiting": "No version waits.",
@@ -432,9 +439,17 @@ def test_a_retraining_without_a_version_needs_a_look(
 ) -> None:
     story.decide("promote", story.register(1, artifacts[0]))
     story.retrain(FEBRUARY, "decay:2024-02:version 1", "it decayed")
+    story.retrain(FEBRUARY, "decay:2024-02:version 1", "it decayed")
+    story.retrain(MARCH, "decay:2024-03:version 1", "it decayed again", failure="no <label> is there")
     page = page_of()
-    assert page.attention == ["The retraining for 2024-02 has no version yet: it is under way, or failed."]
-    assert page.rows("retraining")[0][3] == "no version yet"
+    assert page.attention == [
+        "The retraining for 2024-03 failed: TrainingRefused: no <label> is there",
+        "The retraining for 2024-02 has no version yet: it is under way, or its process was killed.",
+    ]
+    assert page.rows("retraining") == [
+        ["2024-02-01 14:00 UTC", "2024-03", "It decayed again TrainingRefused: no <label> is there", "failed"],
+        ["2024-02-01 12:00 UTC 2 attempts", "2024-02", "It decayed", "no version yet"],
+    ]
 
 
 def test_a_production_version_that_is_refused_needs_a_look(
