@@ -193,10 +193,10 @@ class _Finding:
 def _compared(column: Column, reference: pd.Series, current: pd.Series) -> FeatureDrift:
     read = _categories if column.kind == "category" else _numbers
     values = read(column, reference, current)
-    levels = np.union1d(np.unique(values.reference), np.unique(values.current))
-    discrete = column.kind == "category" or len(levels) <= MOST_LEVELS
-    found = [_contingency(_merged(_by_level(values, levels)), "values") if discrete else _kolmogorov_smirnov(values)]
-    bins = _merged(_by_level(values, levels)) if column.kind == "category" else _tenths(values)
+    levels = np.union1d(_distinct(values.reference), _distinct(values.current))
+    by_level = _merged(_by_level(values, levels)) if column.kind == "category" or len(levels) <= MOST_LEVELS else None
+    found = [_kolmogorov_smirnov(values) if by_level is None else _contingency(by_level, "values")]
+    bins = by_level if by_level is not None and column.kind == "category" else _tenths(values)
     users = np.array([len(reference), len(current)])
     if values.missing.any():
         bins = np.column_stack([bins, values.missing])
@@ -262,6 +262,10 @@ def _out_of_range(column: Column, values: _Values) -> float:
     return float(((values.current < values.reference[0]) | (values.current > values.reference[-1])).mean())
 
 
+def _distinct(ascending: Floats) -> Floats:
+    return ascending[np.append(True, ascending[1:] != ascending[:-1])] if len(ascending) else ascending
+
+
 def _by_level(values: _Values, levels: Floats) -> Counts:
     """How many users of each month have each level, in the order of levels."""
     return np.array(
@@ -275,9 +279,10 @@ def _counted(at: NDArray[np.intp], cells: int) -> Counts:
 
 def _tenths(values: _Values) -> Counts:
     """How many users of each month are in the bins that start at the tenths of the reference month."""
-    if not len(values.reference):
+    users = len(values.reference)
+    if not users:
         return np.array([[0], [len(values.current)]])
-    tenths = np.unique(np.quantile(values.reference, np.arange(1, PSI_BINS) / PSI_BINS, method="inverted_cdf"))
+    tenths = _distinct(values.reference[(np.arange(1, PSI_BINS) * users - 1) // PSI_BINS])
     if len(tenths) == 1:
         tenths = np.append(tenths, np.nextafter(tenths, np.inf))
     months = (values.reference, values.current)
