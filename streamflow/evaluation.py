@@ -117,7 +117,7 @@ def metrics(labels: Labels, probabilities: Probabilities, threshold: float) -> M
 
     Raises TrainingRefused when the labels are all the same.
     """
-    _require_both(labels)
+    require_both(labels)
     return Metrics(**_points(labels, probabilities, threshold))
 
 
@@ -128,7 +128,7 @@ def intervals(
 
     Raises TrainingRefused when the labels are all the same.
     """
-    _require_both(labels)
+    require_both(labels)
     return _intervals(labels, probabilities, threshold, bootstrap.generator(seed), draws)
 
 
@@ -164,7 +164,8 @@ def _points(labels: Labels, probabilities: Probabilities, threshold: float) -> d
     return {name: float(computed[name]()) for name in bootstrap.measurable(labels)}
 
 
-def _require_both(labels: Labels) -> None:
+def require_both(labels: Labels) -> None:
+    """Raise TrainingRefused when the labels are all the same."""
     if labels.all() or not labels.any():
         raise TrainingRefused(
             f"of {len(labels)} users to measure a model on {int(labels.sum())} churned; "
@@ -371,7 +372,7 @@ def capture(labels: Labels, probabilities: Probabilities, *, share: float = 0.1,
     Exactly ``share`` of the users count: one on the boundary in part, and those tied there in expectation; ``users`` is
     that number, rounded. Intervals as in `intervals`. Raises TrainingRefused when the labels are all the same.
     """
-    _require_both(labels)
+    require_both(labels)
     found = float(bootstrap.captured(bootstrap.observed(labels, probabilities), share)[0])
     parts = [
         bootstrap.captured(tally, share)
@@ -391,7 +392,7 @@ def lift_curve(labels: Labels, probabilities: Probabilities) -> pd.DataFrame:
     ``share`` of all users is contacted, which is ``captured`` of all churned users and ``lift`` times as many as at
     random. Raises TrainingRefused when the labels are all the same.
     """
-    _require_both(labels)
+    require_both(labels)
     tally = bootstrap.observed(labels, probabilities)
     churned, stayed = (counts[0, ::-1].cumsum() for counts in (tally.churned, tally.stayed))
     curve = pd.DataFrame({"share": (churned + stayed) / len(labels), "captured": churned / labels.sum()})
@@ -419,7 +420,7 @@ def permutation_importances(
     from scipy.special import stdtrit
     from sklearn.metrics import roc_auc_score
 
-    _require_both(labels)
+    require_both(labels)
     order = np.argsort(rows[USER_ID].to_numpy())
     rows, labels = rows.iloc[order].reset_index(drop=True), labels[order]
 
@@ -450,7 +451,7 @@ def compare(
     `segment_groups` makes it; groups whose users all stayed or all churned are left out. Raises TrainingRefused when
     all the labels are the same.
     """
-    _require_both(labels)
+    require_both(labels)
     auc, logloss = _differences(labels, candidate, production, bootstrap.generator(seed), draws)
     segments = []
     for attribute, value, members in _members(groups):
@@ -483,7 +484,7 @@ def univariate_auc(rows: pd.DataFrame, labels: Labels, columns: Sequence[Column]
     """
     from sklearn.metrics import roc_auc_score
 
-    _require_both(labels)
+    require_both(labels)
     found = {}
     for column in columns:
         values = rows[column.name]

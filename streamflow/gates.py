@@ -19,6 +19,7 @@ NOT_TAKEN = "not a feature of this model"
 
 Share = Annotated[float, Meta(ge=0, le=1)]
 Difference = Annotated[float, Meta(ge=0, lt=1)]
+Window = Annotated[str, Meta(pattern=r"^(month|all|recent|last ([2-9]|[1-9][0-9]))$")]
 
 
 # --- evidence: what was measured of a version -----------------------------------------------------------------------
@@ -99,14 +100,47 @@ class InvarianceRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return "every other value" if self.add is None else f"{self.add:+g}"
 
 
+class DecayPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """When a month's labels say that a version got worse; policy.toml says what each is for."""
+
+    maximum_false_alarms: Annotated[float, Meta(gt=0, lt=0.5)]
+    minimum_auc_loss: Difference
+    minimum_ece_growth: Share
+    slide_months: Annotated[int, Meta(ge=4)]
+
+
+class RetrainingPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What makes the platform train again, how often it may, and on which months; see policy.toml.
+
+    A window is ``month`` (the newest labelled month alone), ``last K`` (the newest K, from 2 on), ``all``, or
+    ``recent``: all, each month weighted by half for every ``half_life_months`` that it is older than the newest.
+    """
+
+    on_decay: bool
+    on_slide: bool
+    on_drift: Literal["never", "moderate", "large"]
+    on_corrected_data: bool
+    cooldown_months: Annotated[int, Meta(ge=0)]
+    maximum_per_year: Annotated[int, Meta(ge=1)]
+    give_up_after: Annotated[int, Meta(ge=1)]
+    windows: Annotated[tuple[Window, ...], Meta(min_length=1)]
+    half_life_months: Annotated[float, Meta(gt=0, le=1_000)]
+
+    def __post_init__(self) -> None:
+        if repeated := sorted({window for window in self.windows if self.windows.count(window) > 1}):
+            raise ValueError(f"`windows` has {', '.join(repeated)} more than once")
+
+
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Who may promote, what a model may predict from, and the gates before it; see policy.toml."""
+    """Who may promote, what a model may predict from, the gates before it, and when to train another."""
 
     mode: Literal["manual", "auto"]
     first_model: Literal["promote", "wait"]
     protected_attributes: Literal["measure", "predict"]
     stage_set_by_hand: Literal["accept", "flag"]
     gates: Gates
+    decay: DecayPolicy
+    retraining: RetrainingPolicy
     invariances: tuple[InvarianceRule, ...]
 
     def __post_init__(self) -> None:
@@ -175,7 +209,7 @@ def threshold_gates(evidence: Evidence, policy: Policy) -> tuple[Gate, ...]:
 
 def _ranks_better_than_chance(evidence: Evidence, bounds: Gates) -> Gate:
     auc, bound = evidence.metrics["auc"], bounds.minimum_auc
-    reason = f"AUC of {evidence.users:,} held-out users is {_spread(auc)}; the lower end must exceed {bound:g}"
+    reason = f"AUC of {evidence.users:,} held-out users is {spread(auc)}; the lower end must exceed {bound:g}"
     return Gate("ranks_better_than_chance", auc.low > bound, auc.low, bound, reason)
 
 
@@ -198,7 +232,7 @@ def _no_segment_collapses(evidence: Evidence, bounds: Gates) -> Gate:
     auc = worst.metrics["auc"]
     reason = (
         f"the worst of {len(ranked)} segments of at least {least:,} users is {worst.attribute}={worst.value} "
-        f"({worst.users:,} users): AUC {_spread(auc)}; the upper end must reach {bound:g}"
+        f"({worst.users:,} users): AUC {spread(auc)}; the upper end must reach {bound:g}"
     )
     return Gate(name, all(one.metrics["auc"].high >= bound for one in ranked), auc.high, bound, reason)
 
@@ -216,7 +250,7 @@ def _fair(evidence: Evidence, bounds: Gates) -> Gate:
     groups = ", ".join(f"{group} {rate:.3f}" for group, rate in sorted(worst.groups.items()))
     reason = (
         f"the largest gap between groups is in {worst.measure} by {worst.attribute} ({groups}): "
-        f"{_spread(worst.gap)}; the lower end may be at most {bound:g}"
+        f"{spread(worst.gap)}; the lower end may be at most {bound:g}"
     )
     return Gate(name, all(one.gap.low <= bound for one in gaps), worst.gap.low, bound, reason)
 
@@ -372,7 +406,7 @@ def _not_worse_than_production(production: Comparison, bounds: Gates) -> Gate:
 
 
 def _difference(production: Comparison) -> str:
-    return f"AUC minus Production's, of the same {production.users:,} held-out users, is {_spread(production.auc)}"
+    return f"AUC minus Production's, of the same {production.users:,} held-out users, is {spread(production.auc)}"
 
 
 def _no_segment_gets_worse(production: Comparison, bounds: Gates) -> Gate:
@@ -382,11 +416,12 @@ def _no_segment_gets_worse(production: Comparison, bounds: Gates) -> Gate:
         return Gate(NO_LOSS, False, None, bound, f"no segment has {least:,} held-out users to compare")
     worst = min(compared, key=lambda segment: segment.auc.high)
     reason = (
-        f"the worst of {len(compared)} segments is {worst.name}: AUC minus Production's is {_spread(worst.auc)}; "
+        f"the worst of {len(compared)} segments is {worst.name}: AUC minus Production's is {spread(worst.auc)}; "
         f"the upper end must reach {bound:g}"
     )
     return Gate(NO_LOSS, worst.auc.high >= bound, worst.auc.high, bound, reason)
 
 
-def _spread(interval: Interval) -> str:
+def spread(interval: Interval) -> str:
+    """A measure and its interval, as reasons give it."""
     return f"{interval.value:.4f} (95 % interval {interval.low:.4f} to {interval.high:.4f})"

@@ -6,7 +6,7 @@ import msgspec
 from hypothesis import strategies as st
 
 from streamflow.evaluation import Comparison, FairnessGap, Interval, Segment, SegmentComparison
-from streamflow.gates import Evidence, Gates, Invariance, InvarianceRule, Policy
+from streamflow.gates import DecayPolicy, Evidence, Gates, Invariance, InvarianceRule, Policy, RetrainingPolicy
 
 BOUNDS = Gates(
     minimum_auc=0.5,
@@ -23,8 +23,20 @@ BOUNDS = Gates(
     not_worse_by=0.01,
     maximum_segment_loss=0.05,
 )
+DECAY = DecayPolicy(maximum_false_alarms=0.01, minimum_auc_loss=0.02, minimum_ece_growth=0.03, slide_months=6)
+RETRAINING = RetrainingPolicy(
+    on_decay=True,
+    on_slide=True,
+    on_drift="large",
+    on_corrected_data=True,
+    cooldown_months=1,
+    maximum_per_year=4,
+    give_up_after=2,
+    windows=("month", "last 3", "all", "recent"),
+    half_life_months=3.0,
+)
 GENDER = InvarianceRule("user_gender", 0.0)
-POLICY = Policy("manual", "promote", "measure", "accept", BOUNDS, (GENDER,))
+POLICY = Policy("manual", "promote", "measure", "accept", BOUNDS, DECAY, RETRAINING, (GENDER,))
 
 
 def policy(**changes: Any) -> Policy:

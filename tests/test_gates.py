@@ -29,6 +29,7 @@ from streamflow.evaluation import Comparison, Interval, SegmentComparison
 from streamflow.gates import (
     NOT_TAKEN,
     Candidate,
+    DecayPolicy,
     Evidence,
     Gate,
     Gates,
@@ -36,6 +37,7 @@ from streamflow.gates import (
     Invariance,
     InvarianceRule,
     Policy,
+    RetrainingPolicy,
     absolute_gates,
     relative_gates,
 )
@@ -418,6 +420,8 @@ def test_a_policy_is_read_and_the_command_line_overrides_its_mode(tmp_path: Path
     )
     assert by.gates.minimum_auc == 0.5
     assert by.invariances == (GENDER,)
+    assert (by.decay.slide_months, by.retraining.on_drift, by.retraining.half_life_months) == (6, "large", 3)
+    assert by.retraining.windows == ("month", "last 3", "all", "recent")
     assert load(tmp_path, SHIPPED, policy="auto") == msgspec.structs.replace(by, mode="auto")
 
 
@@ -440,7 +444,8 @@ def test_a_policy_without_a_key_is_refused_by_its_name_and_file(tmp_path: Path, 
 
 
 def test_the_shipped_policy_has_every_key() -> None:
-    assert {*Gates.__struct_fields__, "feature", "largest_change"} < set(KEYS)
+    tables = {*Gates.__struct_fields__, *DecayPolicy.__struct_fields__, *RetrainingPolicy.__struct_fields__}
+    assert {*tables, "feature", "largest_change"} < set(KEYS)
 
 
 @pytest.mark.parametrize(
@@ -467,6 +472,14 @@ def test_the_shipped_policy_has_every_key() -> None:
         ('feature = "user_gender"', 'feature = "monthly_fee"', "`invariances` of monthly_fee needs `add`"),
         ('feature = "user_gender"', 'feature = "monthly_fee"\nadd = 0.0', "`invariances` of monthly_fee needs `add`"),
         ('feature = "user_gender"', 'feature = "user_gender"\nadd = 1.0', "`invariances` of user_gender has `add`"),
+        ("false_alarms = 0.01", "false_alarms = 0", r"\$\.decay\.maximum_false_alarms"),
+        ("slide_months = 6", "slide_months = 3", r"\$\.decay\.slide_months"),
+        ('on_drift = "large"', 'on_drift = "small"', r"\$\.retraining\.on_drift"),
+        ("cooldown_months = 1", "cooldown_months = -1", r"\$\.retraining\.cooldown_months"),
+        ("per_year = 6", "per_year = 0", r"\$\.retraining\.maximum_per_year"),
+        ('windows = ["month"', 'windows = ["last 1"', r"\$\.retraining\.windows"),
+        ('windows = ["month"', 'windows = ["all"', "`windows` has all more than once"),
+        ("half_life_months = 3.0", "half_life_months = 0.0", r"\$\.retraining\.half_life_months"),
         ("[[invariances]]", "[invariances]", r"\$\.invariances"),
         ('mode = "manual"', "mode = ", r"policy\.toml"),
         ("[gates]", "# \xff\n[gates]", "utf-8"),
