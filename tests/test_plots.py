@@ -10,6 +10,7 @@ from streamflow import plots
 from streamflow.evaluation import Capture, Interval, Segment, lift_curve, reliability
 from streamflow.plots import (
     amount,
+    backtest_plot,
     confusion_plot,
     importance_plot,
     lift_plot,
@@ -44,6 +45,14 @@ IMPORTANCES = pd.DataFrame(
         "high": [0.142, 0.04, 0.001],
     }
 )
+BACKTEST = pd.DataFrame(
+    [
+        {"scenario": scenario, "policy": policy, "month": month, "auc": float(auc)}
+        for scenario, months in (("stable", ("2024-02", "2024-03")), ("label-delay", ("2024-03",)))
+        for policy in ("never", "every month", "on drift", "on decay", "ours", "best possible")
+        for month, auc in zip(months, SEEDED.uniform(0.5, 0.9, 2), strict=False)
+    ]
+)
 
 
 def every_plot(labels=LABELS, probabilities=PROBABILITIES, threshold=0.3):
@@ -57,6 +66,7 @@ def every_plot(labels=LABELS, probabilities=PROBABILITIES, threshold=0.3):
         "importances": lambda: importance_plot(IMPORTANCES, len(labels)),
         "scores": lambda: score_plot(labels, probabilities, threshold),
         "segments": lambda: segments_plot(SEGMENTS, AUC),
+        "backtest": lambda: backtest_plot(BACKTEST, "10 worlds"),
         "value": lambda: value_plot(thresholds, 1e4 - thresholds * 3e4, threshold=0.3, value=1e3, users=len(labels)),
     }
 
