@@ -37,7 +37,7 @@ SCENARIOS = {
     "AUC lower by 0.06 at once": (0.178, 0.0),
     "AUC lower by another 0.005 each month": (0.0, 0.015),
 }
-"""The share of the log odds that has nothing to do with the user any more: from the first month on, and more a month."""
+"""The share of the log odds that has nothing to do with the user any more: from the first month on, and more each."""
 Floats = NDArray[np.float64]
 
 
@@ -109,9 +109,7 @@ def series(held_out: int, at_once: float, each_month: float, seed: int) -> list[
 def _faded(log_odds: Floats, share: float, rng: np.random.Generator) -> Floats:
     """Log odds as often as high as before, but of which a share has nothing to do with the user."""
     middle, others = log_odds.mean(), rng.normal(0, 1.6, len(log_odds))
-    return (
-        middle + (1 - share) * (log_odds - middle) + np.sqrt(1 - (1 - share) ** 2) * rng.normal(0, 1.6, len(log_odds))
-    )
+    return middle + (1 - share) * (log_odds - middle) + np.sqrt(1 - (1 - share) ** 2) * others
 
 
 def _rates(found: list[list[list[str]]]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from streamflow.decay import CHANCE, PerformanceReport
 from streamflow.evaluation import Bin, Capture, Interval, Segment, lift_curve
 from streamflow.scoring import decide
 
@@ -34,6 +35,7 @@ _SCORE_BINS = 40
 _DOTTED: Any = (0, (1, 1.5))
 _FIXED_POLICIES = ((_INK, _DOTTED), ("#009e73", "-"), ("#d99a00", "-"), (_CONTRAST, "-"))
 _BACKTEST_PANEL, _BACKTEST_GAP = 1.1, 0.42
+_FEW_MONTHS, _MONTHS_NAMED = 6, 6
 _INTERVALS = "Intervals are of 95\N{NO-BREAK SPACE}%"
 _BACKED = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
 
@@ -366,6 +368,48 @@ def value_plot(thresholds: Floats, values: Floats, *, threshold: float, value: f
     axes.yaxis.set_major_formatter(lambda tick, _: amount(tick))
     axes.set_xlabel("Threshold (probability from which on a customer is contacted)")
     axes.set_ylabel("Realized value (currency of the fee)")
+    return _png(figure)
+
+
+def performance_plot(history: Sequence[PerformanceReport]) -> bytes:
+    """The AUC that each month's predictions achieved, against what their version promised and against chance.
+
+    ``history`` has at least one report, oldest first.
+    """
+    newest, many = history[-1], len(history) > _FEW_MONTHS
+    auc, promised = newest.held_out.metrics["auc"], newest.promised["auc"]
+    subtitle = (
+        f"{newest.held_out.users:,} held-out users. Band: promised, by version {newest.version} "
+        f"{with_interval(promised)}. Orange: worse than that, or no better than chance."
+    )
+    figure, top = _figure(5.2, f"{newest.month}: AUC {with_interval(auc)}", subtitle)
+    axes = _axes(figure, top, bottom=0.85)
+    at = np.arange(len(history))
+    promises = np.array([_ends(one.promised["auc"]) for one in history])
+    for position, (value, low, high) in enumerate(promises):
+        ends = position - 0.5, position + 0.5
+        axes.fill_between(ends, low, high, color=_ACCENT, alpha=0.12, linewidth=0)
+        axes.hlines(value, *ends, color=_ACCENT, linewidth=1.2)
+    axes.axhline(CHANCE, color=_MUTED, linestyle=_DASHED, linewidth=1.2)
+    beside = {"transform": axes.get_yaxis_transform(), "color": _TEXT, "fontsize": _SMALL}
+    axes.text(0.01, CHANCE - 0.006, "chance", va="top", **beside)
+    values, low, high = np.array([_ends(one.held_out.metrics["auc"]) for one in history]).T
+    colours = np.where([one.decayed for one in history], _CONTRAST, _INK)
+    axes.plot(at, values, color=_MUTED, linewidth=1, zorder=2)
+    axes.vlines(at, low, high, color=colours, linewidth=1.8, zorder=3)
+    axes.scatter(at, values, color=colours, s=38, edgecolor="white", zorder=4)
+    if not many:
+        for x, y, colour in zip(at, values, colours, strict=True):
+            place = {"textcoords": "offset points", "va": "center", "fontsize": _LABEL_SIZE, "bbox": _BACKED}
+            axes.annotate(f"{y:.3f}", (x, y), (8, 0), color=colour, zorder=5, **place)
+    lowest, highest = min(low.min(), promises[:, 1].min(), CHANCE), max(high.max(), promises[:, 2].max())
+    axes.set_ylim(max(0.0, np.floor(lowest * 20) / 20 - 0.03), min(1.0, np.ceil(highest * 20) / 20 + 0.01))
+    axes.set_xlim(-0.5, len(history) - 0.5)
+    shown = at[:: -(-len(history) // _MONTHS_NAMED)]
+    axes.set_xticks(shown, [f"{history[one].month}\nversion {history[one].version}" for one in shown])
+    axes.grid(visible=False, axis="x")
+    axes.set_xlabel("Month, and the version that made its predictions")
+    axes.set_ylabel("AUC")
     return _png(figure)
 
 

@@ -235,18 +235,20 @@ def _obstacle(
             return _Obstacle(reason, alarms=decayed and past[-1].month != newest)
     recent = [one for one in past if 0 <= _between(one.month, newest) < 12]
     if len(recent) >= policy.maximum_per_year:
-        return _Obstacle(
-            f"it was done {len(recent)} times in twelve months, and retraining.maximum_per_year of the policy is "
+        reason = (
+            f"retrainings in twelve months: {len(recent)}, and retraining.maximum_per_year of the policy is "
             f"{policy.maximum_per_year}"
         )
+        return _Obstacle(reason)
     if cause.kind == "corrected_data":
         return None
     known = [one for one in past if one.helped is not None][-policy.give_up_after :]
     if len(known) == policy.give_up_after and not any(one.helped for one in known):
-        return _Obstacle(
-            f"the last {len(known)} times ({', '.join(str(one.month) for one in known)}) did not help; "
-            "see whether the data still tells who churns, then train by hand: streamflow run " + str(newest)
+        reason = (
+            f"what was trained for {', '.join(str(one.month) for one in known)} did not help; see whether the data "
+            f"still tells who churns, then train by hand: streamflow run {newest}"
         )
+        return _Obstacle(reason)
     return None
 
 

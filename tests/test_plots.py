@@ -1,12 +1,16 @@
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.colors import to_rgba
+from test_decay import history_of
 
 from streamflow import plots
+from streamflow.decay import Finding
 from streamflow.evaluation import Capture, Interval, Segment, lift_curve, reliability
 from streamflow.plots import (
     amount,
@@ -16,6 +20,7 @@ from streamflow.plots import (
     lift_plot,
     percent,
     percent_with_interval,
+    performance_plot,
     precision_recall_plot,
     reliability_plot,
     roc_plot,
@@ -55,6 +60,10 @@ BACKTEST = pd.DataFrame(
 )
 
 
+HISTORY = history_of([0.84, 0.49, 0.66, 0.65], versions=[1, 1, 2, 2], promises=[0.84, 0.84, 0.67, 0.67])
+HISTORY[1] = replace(HISTORY[1], worse_than_promised=Finding(True, 0.35, 0.04, "worse"))
+
+
 def every_plot(labels=LABELS, probabilities=PROBABILITIES, threshold=0.3):
     thresholds = np.linspace(0, 1, 21)
     return {
@@ -67,6 +76,7 @@ def every_plot(labels=LABELS, probabilities=PROBABILITIES, threshold=0.3):
         "scores": lambda: score_plot(labels, probabilities, threshold),
         "segments": lambda: segments_plot(SEGMENTS, AUC),
         "backtest": lambda: backtest_plot(BACKTEST, "10 worlds"),
+        "performance": lambda: performance_plot(HISTORY),
         "value": lambda: value_plot(thresholds, 1e4 - thresholds * 3e4, threshold=0.3, value=1e3, users=len(labels)),
     }
 
@@ -289,3 +299,33 @@ def test_measures_with_their_intervals():
     assert with_interval(AUC) == f"0.842 (0.821{kept}to{kept}0.861)"
     assert percent(0.2654) == f"26.5{kept}%"
     assert percent_with_interval(AUC) == f"84{kept}% (82{kept}to{kept}86{kept}%)"
+
+
+def test_performance_shows_what_was_promised_and_what_became_of_it(figure_of):
+    figure = figure_of(lambda: performance_plot(HISTORY))
+    assert texts(figure)[0] == "2024-04: AUC 0.650 (0.630 to 0.670)"
+    assert "promised, by version 2 0.670 (0.650 to 0.690)." in said(figure)
+    (axes,) = figure.axes
+    bands = [collection.get_paths()[0].get_extents() for collection in axes.collections[:8:2]]
+    assert [band.y0 for band in bands] == pytest.approx([0.82, 0.82, 0.65, 0.65])
+    assert [band.y1 for band in bands] == pytest.approx([0.86, 0.86, 0.69, 0.69])
+    achieved = axes.collections[-1]
+    assert achieved.get_offsets().tolist() == [[0, 0.84], [1, 0.49], [2, 0.66], [3, 0.65]]
+    contrast = [tuple(colour) == to_rgba(plots._CONTRAST) for colour in achieved.get_facecolors()]
+    assert contrast == [False, True, False, False]
+    assert [label.get_text() for label in axes.get_xticklabels()] == [
+        "2024-01\nversion 1",
+        "2024-02\nversion 1",
+        "2024-03\nversion 2",
+        "2024-04\nversion 2",
+    ]
+    assert axes.get_ylim()[0] < 0.47
+    assert "chance" in said(figure)
+
+
+def test_performance_of_one_month_and_of_many(figure_of):
+    one = figure_of(lambda: performance_plot(HISTORY[:1])).axes[0]
+    assert one.get_ylim()[0] < 0.5
+    many = figure_of(lambda: performance_plot(history_of([0.8] * 24)))
+    assert len(many.axes[0].get_xticks()) == 6
+    assert "0.800" not in [text.get_text() for text in many.axes[0].texts]
