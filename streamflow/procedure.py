@@ -84,6 +84,11 @@ class Procedure:
         return windows.candidates(month, labelled, self.config.windows)
 
     @property
+    def earlier_months(self) -> int | None:
+        """How many calendar months before its own a model may learn from; None for every one."""
+        return 0 if self.estimator is not None else windows.earlier_months(self.config.windows)
+
+    @property
     def document(self) -> dict[str, Any]:
         """The procedure as plain data, enough to follow it again."""
         return {

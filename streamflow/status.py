@@ -1,6 +1,6 @@
 """What the platform holds: the state of each month and what is in Production."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -9,7 +9,14 @@ from streamflow.contract import CONTRACT, Contract
 from streamflow.features import is_published
 from streamflow.landing import MonthManifest
 from streamflow.months import Month
-from streamflow.pipeline import CHURN_MODEL, REGISTERED_VERSION, TRAINING_DATASET, Platform
+from streamflow.pipeline import (
+    CHURN_MODEL,
+    REGISTERED_VERSION,
+    TRAINING_DATASET,
+    Platform,
+    considered,
+    earlier_sources,
+)
 from streamflow.promotion import Entry, Version, decision_in_force, in_force
 from streamflow.warehouse import MonthWrite, month_writes
 
@@ -18,7 +25,7 @@ State = Literal["landed", "incomplete", "stale", "unlabelled", "complete"]
 MEANINGS: Mapping[State, str] = {
     "landed": "files are in the landing zone, nothing is materialized",
     "incomplete": "materialization has not gone through",
-    "stale": "something was made from data that has been replaced since",
+    "stale": "something was made from data that has been replaced or added to since",
     "unlabelled": "features are online; labels.csv has not landed, so nothing is trained",
     "complete": "everything is materialized from what has landed",
 }
@@ -67,14 +74,20 @@ def relations(contract: Contract = CONTRACT) -> dict[str, tuple[str, ...]]:
 
 
 def month_status(
-    manifest: MonthManifest, written: Mapping[str, MonthWrite], contract: Contract = CONTRACT
+    manifest: MonthManifest,
+    written: Mapping[str, MonthWrite],
+    contract: Contract = CONTRACT,
+    earlier: Sequence[MonthWrite] = (),
 ) -> MonthStatus:
-    """Hold what has landed against what was made of it; ``written`` is the month's writes by relation."""
+    """Hold what has landed against what was made of it.
+
+    ``written`` is the month's writes by relation, ``earlier`` the training datasets of the months before it.
+    """
     graph = relations(contract)
     labelled = contract.label_table.name in manifest.tables
     wanted = [name for name in graph if labelled or not _needs_labels(name, graph, contract)]
     missing = tuple(name for name in wanted if name not in written)
-    stale = tuple(_stale(manifest, written, graph))
+    stale = tuple(_stale(manifest, written, graph, earlier))
     state: State = "complete" if labelled else "unlabelled"
     if stale:
         state = "stale"
@@ -97,7 +110,10 @@ def _needs_labels(relation: str, graph: Mapping[str, tuple[str, ...]], contract:
 
 
 def _stale(
-    manifest: MonthManifest, written: Mapping[str, MonthWrite], graph: Mapping[str, tuple[str, ...]]
+    manifest: MonthManifest,
+    written: Mapping[str, MonthWrite],
+    graph: Mapping[str, tuple[str, ...]],
+    earlier: Sequence[MonthWrite],
 ) -> Iterable[str]:
     """The relations that were made from content that is no longer in force, directly or further up."""
     found: set[str] = set()
@@ -111,9 +127,15 @@ def _stale(
             source in found or (source in written and write.sources.get(source) != written[source].as_source)
             for source in sources
         )
-        if replaced or outdated:
+        if replaced or outdated or (name == CHURN_MODEL and _considered_others(write, earlier)):
             found.add(name)
             yield name
+
+
+def _considered_others(model: MonthWrite, earlier: Sequence[MonthWrite]) -> bool:
+    """Whether a model's window was chosen in view of other datasets of earlier months than it would be now."""
+    then = {name: source for name, source in model.sources.items() if name != TRAINING_DATASET}
+    return then != earlier_sources(considered(model.month, model.facts.get("earlier_months", 0), earlier))
 
 
 def production_status(entries: list[Entry], versions: Iterable[Version]) -> ProductionStatus | None:
@@ -133,4 +155,13 @@ def month_statuses(platform: Platform) -> list[MonthStatus]:
         if write.relation not in views or is_published(write, platform.settings.online_store):
             written.setdefault(write.month, {})[write.relation] = write
     zone = platform.landing
-    return [month_status(zone.manifest(month), written.get(month, {}), platform.contract) for month in zone.months()]
+    datasets = [writes[TRAINING_DATASET] for writes in written.values() if TRAINING_DATASET in writes]
+    return [
+        month_status(
+            zone.manifest(month),
+            written.get(month, {}),
+            platform.contract,
+            [one for one in datasets if one.month < month],
+        )
+        for month in zone.months()
+    ]

@@ -6,6 +6,7 @@ chosen window is `selection.py`'s, fitting is `training.py`'s.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -53,6 +54,11 @@ class WindowScore:
     chosen: bool
     seconds: float
 
+    @property
+    def document(self) -> dict[str, Any]:
+        """The score as plain data, without the time it took, for the record of a version."""
+        return {name: value for name, value in asdict(self).items() if name != "seconds"}
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -76,6 +82,12 @@ def candidates(month: Month, labelled: Iterable[Month], windows: Windows) -> lis
         half_life = windows.half_life_months if name == "recent" and len(months) > 1 else None
         found.setdefault((months, half_life), Window(name, months, half_life))
     return list(found.values())
+
+
+def earlier_months(windows: Windows) -> int | None:
+    """How many calendar months before the newest the windows reach back at most; None for every one."""
+    reach = max(map(_reach, windows.names))
+    return None if np.isinf(reach) else int(reach) - 1
 
 
 def _reach(name: str) -> float:
@@ -108,11 +120,15 @@ def _told(window: Window) -> str:
     return f"“{window.name}” ({last if first == last else f'{first} to {last}'})"
 
 
+def _reason_for_the_only(window: Window) -> str:
+    if len(window.months) == 1:
+        return f"{window.months[0]} is learned from alone: there was no other month to choose."
+    return f"{_told(window)} was the only window to choose."
+
+
 def as_table(choice: Choice) -> pd.DataFrame:
-    """A row for each window that was compared, simplest first, with the columns of `WindowScore`."""
-    return pd.DataFrame([asdict(score) for score in choice.scores]).assign(
-        months=[" ".join(score.months) for score in choice.scores]
-    )
+    """A row for each window that was compared, simplest first, with the columns of `WindowScore`, months as one."""
+    return pd.DataFrame([{**asdict(score), "months": " ".join(score.months)} for score in choice.scores])
 
 
 def choose(
@@ -133,11 +149,11 @@ def choose(
     Neither ``n_jobs`` cores nor the order of rows or months change the result. Raises ConfigurationError and
     TrainingRefused as `training.fit` does.
     """
-    from sklearn.metrics import roc_auc_score
-
     if len(windows) == 1:
         (only,) = windows
-        return Choice(only, f"{_told(only)} is the only window: no other month of training.toml's windows has labels.")
+        return Choice(only, _reason_for_the_only(only))
+    from sklearn.metrics import roc_auc_score
+
     estimator = config.windows.estimator
     pooled = [in_order(pool(window, rows)) for window in windows]
     newest = [of_newest_month(one) for one in pooled]

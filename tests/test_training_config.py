@@ -39,11 +39,12 @@ def test_the_file_in_the_repository_says_what_it_says():
     stated = tomllib.loads(TEXT)
     document = config.document
     assert document["threshold"] == {"capacity": None, "fixed": None} | stated["threshold"]
-    for key in stated.keys() - {"threshold", "services", "candidates", "segments"}:
+    for key in stated.keys() - {"threshold", "services", "candidates", "windows", "segments"}:
         assert document[key] == stated[key]
     assert list(config.services) == stated["services"]
     assert list(config.segments.attributes) == stated["segments"]["attributes"]
     assert config.segments.bands == {name: tuple(edges) for name, edges in stated["segments"]["bands"].items()}
+    assert document["windows"] | {"names": list(config.windows.names)} == stated["windows"]
     assert list(config.candidates) == stated["candidates"] == list(ESTIMATORS)
 
 
@@ -132,6 +133,14 @@ def test_each_order_of_the_candidates_has_its_own_digest_and_the_order_of_keys_n
         (r"^\[estimators\.logistic_regression\]$", "[estimators.oracle]", r"estimators has 'oracle'; known are logis"),
         (r'^    "gradient_boosting",', '    "oracle",', r"candidates has 'oracle'; known are logistic"),
         (r'^    "gradient_boosting",', '    "logistic_regression",', r"candidates has logistic_regression more"),
+        (r"^names = .*?$", "names = []", r"\$.windows.names"),
+        (r"^names = .*?$", 'names = ["week"]', r"\$.windows.names"),
+        (r"^names = .*?$", 'names = ["last 1"]', r"\$.windows.names"),
+        (r"^names = .*?$", 'names = ["month", "last 03"]', r"\$.windows.names"),
+        (r"^names = .*?$", 'names = ["all", "all"]', r"windows.names has all more than once"),
+        (r"^half_life_months = .*?$", "half_life_months = 0", r"\$.windows.half_life_months"),
+        (r"^half_life_months = .*?$", "half_life_months = inf", r"windows.half_life_months is inf"),
+        (r"^estimator = .*?$", 'estimator = "oracle"', r"windows.estimator has 'oracle'; known are logistic_regress"),
         (r"^C = .*?$", "C = inf", r"estimators.logistic_regression.C is inf, which is no finite number"),
         (r"^C = .*?$", "C = 1e16", r"estimators.logistic_regression.C is 1e\+16; floats must be below 1e\+16, write"),
         (r"^C = .*?$", "C = [1, nan]", r"estimators.logistic_regression.C is nan"),

@@ -11,6 +11,8 @@ import psutil
 import psycopg
 import pytest
 from dagster import AssetCheckKey, AssetKey, DagsterEventType, DagsterRun, DagsterRunStatus
+from dagster._core.definitions.data_version import CachingStaleStatusResolver
+from dagster._core.loader import LoadingContextForTest
 
 from streamflow import pipeline, stack
 from streamflow.landing import LandingZone
@@ -20,6 +22,7 @@ from streamflow.settings import Settings
 from streamflow.simulate import simulate
 from streamflow.status import month_statuses
 from streamflow_dagster import runner
+from streamflow_dagster.definitions import build_definitions
 
 JANUARY, FEBRUARY, MARCH = Month.parse_range("2024-01..2024-03")
 NOW = datetime(2024, 4, 1, tzinfo=UTC)
@@ -116,6 +119,7 @@ def test_metadata_says_rows_digest_revision_duration_and_links(platform, dagster
     assert model["model card"] == f"{model['MLflow run']}/artifacts/model_card.html"
     assert "| auc | 0." in model["metrics"]
     assert f"**{model['estimator']}** | {model['feature service']} |" in model["candidates"]
+    assert "2024-02 is learned from alone" in model["window"]
     version = metadata(dagster, "registered_model_version", FEBRUARY)
     assert version["version"] == 1
     assert version["promoted"] is True
@@ -192,9 +196,37 @@ def test_the_mended_month_and_late_labels_complete_everything(platform, dagster,
     for month in (JANUARY, MARCH):
         done, _ = run(dagster, month)
         assert done.failures == {}
-    assert {one.state for one in month_statuses(platform)} == {"complete"}
+    assert {one.month: one.state for one in month_statuses(platform)} == {
+        "2024-01": "complete",
+        "2024-02": "stale",
+        "2024-03": "complete",
+    }
     assert [version.as_of.month for version in platform.ledger.versions()] == [2, 1, 3]
     assert platform.ledger.production() == 1
+
+
+def stale_causes(dagster, asset, month):
+    """Of which month of which asset Dagster says that it has changed since."""
+    graph = build_definitions().resolve_asset_graph()
+    resolver = CachingStaleStatusResolver(dagster, graph, LoadingContextForTest(dagster))
+    causes = resolver.get_stale_causes(AssetKey(asset), str(month))
+    return {(one.dependency.asset_key.to_user_string(), one.dependency.partition_key) for one in causes}
+
+
+def test_an_earlier_month_that_arrives_later_makes_a_model_stale_until_it_is_considered(platform, dagster):
+    assert stale_causes(dagster, "churn_model", FEBRUARY) == {("training_dataset", "2024-01")}
+    assert stale_causes(dagster, "churn_model", JANUARY) == set()
+    assert stale_causes(dagster, "churn_model", MARCH) == set()
+    assert [one.stale for one in month_statuses(platform)] == [(), ("churn_model", "registered_model_version"), ()]
+    assert "| 2024-01 2024-02 2024-03 |" in metadata(dagster, "churn_model", MARCH)["window"]
+
+    done, _ = run(dagster, FEBRUARY)
+    assert done.failures == {}
+    assert stale_causes(dagster, "churn_model", FEBRUARY) == set()
+    assert {one.state for one in month_statuses(platform)} == {"complete"}
+    told = metadata(dagster, "churn_model", FEBRUARY)
+    assert "| 2024-01 2024-02 |" in told["window"]
+    assert set(told["made from"]) == {"training_dataset", "training_dataset 2024-01"}
 
 
 def test_a_person_can_train_an_estimator_by_name_from_the_launchpad(platform, dagster, february):
