@@ -11,11 +11,15 @@ from test_decay import history_of
 
 from streamflow import plots
 from streamflow.decay import Finding
+from streamflow.contract import Column
+from streamflow.drift import compare
 from streamflow.evaluation import Capture, Interval, Segment, lift_curve, reliability
 from streamflow.plots import (
     amount,
     backtest_plot,
     confusion_plot,
+    drift_plot,
+    drifted_features_plot,
     importance_plot,
     lift_plot,
     percent,
@@ -63,6 +67,26 @@ BACKTEST = pd.DataFrame(
 HISTORY = history_of([0.84, 0.49, 0.66, 0.65], versions=[1, 1, 2, 2], promises=[0.84, 0.84, 0.67, 0.67])
 HISTORY[1] = replace(HISTORY[1], worse_than_promised=Finding(True, 0.35, 0.04, "worse"))
 
+DRIFT_COLUMNS = [
+    Column("hours", "float", "Hours watched."),
+    Column("plan", "category", "The plan.", categories=("basic", "a very long one", "$x^")),
+    Column("stalls", "integer", "Playback stalls."),
+]
+REFERENCE = pd.DataFrame(
+    {
+        "hours": SEEDED.normal(25, 5, USERS),
+        "plan": SEEDED.choice(["basic", "a very long one", "$x^"], USERS),
+        "stalls": SEEDED.poisson(1.5, USERS),
+    }
+)
+CURRENT = REFERENCE[:300].assign(hours=REFERENCE["hours"].mask(REFERENCE["hours"] > 30) - 1, plan="basic")
+
+
+def drift_between(reference, current):
+    return compare(
+        reference, current, DRIFT_COLUMNS, reference_scores=PROBABILITIES, current_scores=PROBABILITIES[::-1]
+    )
+
 
 def every_plot(labels=LABELS, probabilities=PROBABILITIES, threshold=0.3):
     thresholds = np.linspace(0, 1, 21)
@@ -78,6 +102,8 @@ def every_plot(labels=LABELS, probabilities=PROBABILITIES, threshold=0.3):
         "backtest": lambda: backtest_plot(BACKTEST, "10 worlds"),
         "performance": lambda: performance_plot(HISTORY),
         "value": lambda: value_plot(thresholds, 1e4 - thresholds * 3e4, threshold=0.3, value=1e3, users=len(labels)),
+        "drift": lambda: drift_plot(drift_between(REFERENCE, CURRENT)),
+        "drifted features": lambda: drifted_features_plot(drift_between(REFERENCE, CURRENT), REFERENCE, CURRENT),
     }
 
 
@@ -272,6 +298,74 @@ def test_value_marks_the_choice_and_the_best(figure_of):
     assert "1,783 held-out users" in said(figure)
     assert "the most is 20,826, from 0.2 on." in said(figure)
     assert figure.axes[0].lines[-1].get_xydata().tolist() == [[0.3, 19_000]]
+
+
+def test_drift_shows_size_by_length_and_significance_by_colour(figure_of):
+    report = drift_between(REFERENCE, CURRENT)
+    figure = figure_of(lambda: drift_plot(report))
+    assert texts(figure)[0] == "2 of 3 features drift: large at most"
+    assert "300 users against 400" in said(figure)
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["plan", "hours", "stalls", "score"]
+    psi = {one.name: one.psi for one in report.features}
+    assert [bar.get_width() for bar in axes.patches] == [psi["plan"], psi["hours"], psi["stalls"], 0]
+    first, second, third, fourth = (bar.get_facecolor() for bar in axes.patches)
+    assert first == second != third == fourth
+    assert [line.get_xdata()[0] for line in axes.lines] == [0.1, 0.25]
+    assert texts(figure).count("< 0.0001") == 2
+    assert texts(figure).count("1.00") == 2
+    assert {f"{psi['plan']:.3f}", f"{psi['stalls']:.3f}", "small", "moderate", "large"} <= set(texts(figure))
+
+
+def test_what_drifts_is_drawn_in_both_months(figure_of):
+    report = drift_between(REFERENCE, CURRENT)
+    figure = figure_of(lambda: drifted_features_plot(report, REFERENCE, CURRENT))
+    missing = round(100 * CURRENT["hours"].isna().mean())
+    plan, hours, _ = sorted(report.features, key=lambda one: -one.psi)
+    assert texts(figure)[3:] == [
+        "plan",
+        f"PSI {plan.psi:.3f} (large)",
+        "hours",
+        f"PSI {hours.psi:.3f} (large), missing 0 to {missing} %",
+    ]
+    before, after = figure.axes[0].patches
+    shares = REFERENCE["plan"].value_counts(normalize=True)
+    labels = [label.get_text().replace("\n", " ") for label in figure.axes[0].get_xticklabels()]
+    assert labels == ["$x^", "a very long one", "basic"]
+    assert before.get_data().values.tolist() == pytest.approx([shares[name] for name in labels])
+    assert after.get_data().values.tolist() == [0, 0, 1]
+    assert len(figure.axes[1].patches[0].get_data().values) == 30
+
+
+def test_without_drift_the_nearest_to_it_is_drawn(figure_of):
+    report = drift_between(REFERENCE, REFERENCE)
+    figure = figure_of(lambda: drifted_features_plot(report, REFERENCE, REFERENCE))
+    assert texts(figure)[0] == "None of 3 features drifts"
+    assert "PSI 0.000 (none), not significant" in texts(figure)
+    assert len(figure.axes) == 2
+
+
+@pytest.mark.parametrize("values", [np.full(USERS, np.nan), np.r_[np.zeros(99_960), 1:41]], ids=["missing", "rare"])
+def test_odd_features_are_drawn_too(values, figure_of):
+    columns, frame = DRIFT_COLUMNS[:1], pd.DataFrame({"hours": values})
+    report = compare(frame, frame, columns, reference_scores=PROBABILITIES, current_scores=PROBABILITIES)
+    figure = figure_of(lambda: drifted_features_plot(report, frame, frame))
+    before, after = (patch.get_data().values.tolist() for patch in figure.axes[0].patches)
+    assert before == after
+    assert sum(before) == pytest.approx(0 if np.isnan(values).all() else 1)
+
+
+def test_at_most_six_features_are_drawn_and_entirely_missing_ones_too(monkeypatch, figure_of):
+    columns = [Column(f"feature_{number}", "float", "One of many.") for number in range(8)]
+    reference = pd.DataFrame({column.name: SEEDED.normal(0, 1, USERS) for column in columns})
+    current = reference + 2
+    current["feature_7"] = np.nan
+    monkeypatch.setattr("test_plots.DRIFT_COLUMNS", columns)
+    report = drift_between(reference, current)
+    figure = figure_of(lambda: drifted_features_plot(report, reference, current))
+    assert len(figure.axes) == 6
+    assert "The 6 of greatest drift." in said(figure)
+    assert texts(figure)[0] == "8 of 8 features drift: large at most"
 
 
 @pytest.mark.parametrize(
