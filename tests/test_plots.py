@@ -10,8 +10,8 @@ from matplotlib.colors import to_rgba
 from test_decay import history_of
 
 from streamflow import plots
-from streamflow.decay import Finding
 from streamflow.contract import Column
+from streamflow.decay import Finding
 from streamflow.drift import compare
 from streamflow.evaluation import Capture, Interval, Segment, lift_curve, reliability
 from streamflow.plots import (
