@@ -120,6 +120,7 @@ class RetrainingPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     on_slide: bool
     on_drift: Literal["never", "moderate", "large"]
     on_corrected_data: bool
+    on_more_data: Annotated[int, Meta(ge=0, le=1_000)]
     cooldown_months: Annotated[int, Meta(ge=0)]
     maximum_per_year: Annotated[int, Meta(ge=1)]
     give_up_after: Annotated[int, Meta(ge=1)]

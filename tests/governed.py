@@ -29,6 +29,7 @@ RETRAINING = RetrainingPolicy(
     on_slide=True,
     on_drift="large",
     on_corrected_data=True,
+    on_more_data=3,
     cooldown_months=1,
     maximum_per_year=4,
     give_up_after=2,
