@@ -423,3 +423,14 @@ def test_performance_of_one_month_and_of_many(figure_of):
     many = figure_of(lambda: performance_plot(history_of([0.8] * 24)))
     assert len(many.axes[0].get_xticks()) == 6
     assert "0.800" not in [text.get_text() for text in many.axes[0].texts]
+
+
+def test_a_backtest_has_a_panel_for_each_scenario_with_its_months(figure_of):
+    stable, late = figure_of(every_plot()["backtest"]).axes
+    assert [axes.get_title("left") for axes in (stable, late)] == ["stable", "label delay"]
+    lines = {line.get_label(): line.get_xydata().tolist() for line in late.lines}
+    assert list(lines) == ["best possible", "never", "every month", "on drift", "on decay", "ours"]
+    auc = BACKTEST.set_index(["scenario", "policy"]).loc["label-delay", "auc"]
+    assert lines == {name: [[1, auc[name]]] for name in lines}
+    assert stable.lines[-1].get_xdata().tolist() == [0, 1]
+    assert [text.get_text() for text in stable.get_legend().get_texts()] == list(lines)
