@@ -6,6 +6,7 @@ Here belong the scenarios, the policies, the replay and its summary. How months 
 outcome is better than Production. All of it happens in memory, without PostgreSQL, feature store or registry.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -447,7 +448,7 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
 def markdown(summary: pd.DataFrame) -> str:
     """The summary as a table in Markdown, with the best fixed policy of each scenario in bold."""
     lines = [
-        "| scenario | policy | AUC | log loss | value | retrained | deployed | regret | ours ahead by |",
+        "| scenario | policy | AUC | log loss | value | trained | live | regret | ours ahead by |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for scenario, policies_of in summary.groupby("scenario", sort=False):
@@ -464,5 +465,6 @@ def comparison(row: Any) -> tuple[str, str, str, str]:
     """What a row of the summary says of retrainings, promotions, regret and the distance to ours, for people."""
     if row.policy == BEST_POSSIBLE:
         return "", "", "", ""
-    ahead = "" if row.policy == OURS else f"{row.ahead:+.4f} ± {row.standard_error:.4f}".replace("-", "\N{MINUS SIGN}")
+    error = "" if math.isnan(row.standard_error) else f" ± {row.standard_error:.4f}"
+    ahead = "" if row.policy == OURS else f"{row.ahead:+.4f}{error}".replace("-", "\N{MINUS SIGN}")
     return f"{row.retrainings:.1f}", f"{row.promotions:.1f}", f"{row.regret:.4f}", ahead

@@ -716,11 +716,17 @@ def backtest(
     from rich.progress import track
 
     from streamflow import backtest as replay
+    from streamflow import plots
     from streamflow.gates import Policy
     from streamflow.training_config import TrainingConfig
 
     settings = Settings.load()
     names = scenario or list(replay.SETTINGS)
+    if output:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as failure:
+            raise ConfigurationError(f"{output} cannot be made ({failure.strerror}); name another folder") from failure
     worlds = replay.backtest(
         names,
         _months(months),
@@ -733,40 +739,37 @@ def backtest(
     rows = pd.concat(track(worlds, "Replaying", len(names) * seeds, console=err), ignore_index=True)
     summary, by_month = replay.summarize(rows), replay.by_month(rows)
     if output:
-        _write_backtest(output, summary, by_month, f"{seeds} worlds of {users:,} customers each")
+        title = f"{seeds} worlds of {users:,} customers each"
+        (output / "backtest.md").write_text(replay.markdown(summary), encoding="utf-8")
+        (output / "backtest.png").write_bytes(plots.backtest_plot(by_month, title))
     if json_:
-        facts = {"months": months, "users": users, "seeds": seeds}
-        tables = {"summary": summary, "by_month": by_month}
-        as_json(
-            facts | {name: table.replace({float("nan"): None}).to_dict("records") for name, table in tables.items()}
-        )
-        return
+        found = {
+            name: table.replace({float("nan"): None}).to_dict("records")
+            for name, table in (("summary", summary), ("by_month", by_month))
+        }
+        as_json({"months": months, "users": users, "seeds": seeds} | found)
+    else:
+        _print_backtest(summary)
+
+
+def _print_backtest(summary: Any) -> None:
+    from streamflow import backtest as replay
+
     for name, policies in summary.groupby("scenario", sort=False):
         out.print(f"[bold]{name}[/bold]: {replay.SETTINGS[str(name)].about}")
-        table = Table("policy", box=None, header_style="bold", min_width=80)
-        for heading in ("AUC", "log loss", "value", "retrained", "deployed", "regret", "ours ahead by"):
-            table.add_column(heading, justify="right")
+        table = Table("policy", box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+        for heading in ("AUC", "log loss", "value", "trained", "live", "regret", "ours ahead by"):
+            table.add_column(heading, justify="right", no_wrap=True)
         for row in policies.itertuples():
-            style = "bold" if row.policy == replay.OURS else "dim" if row.policy == replay.BEST_POSSIBLE else ""
+            style = {replay.OURS: "bold", replay.BEST_POSSIBLE: "dim"}.get(row.policy, "")
             cells = (f"{row.auc:.4f}", f"{row.logloss:.4f}", f"{row.value:,.0f}", *replay.comparison(row))
-            table.add_row(str(row.policy), *cells, style=style)
+            table.add_row(row.policy, *cells, style=style)
         out.print(table, "")
     out.print(
-        "Means over months and seeds, of held-out customers. Value: the currency of the fee, per 1,000 customers and "
-        "month.\nRegret: AUC below that of the true probabilities. Ours ahead: in AUC, ± standard error over seeds."
+        "Means over months and worlds, of held-out customers. Value: from contacting whom it pays to, in the currency\n"
+        "of the fee per 1,000 customers and month. Trained: models; live: those that replaced Production. Regret: AUC\n"
+        "below that of the true probabilities. Ours ahead: in AUC, ± standard error over worlds."
     )
-
-
-def _write_backtest(folder: Path, summary: Any, by_month: Any, worlds: str) -> None:
-    from streamflow import backtest as replay
-    from streamflow import plots
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "backtest.md").write_text(replay.markdown(summary), encoding="utf-8")
-        (folder / "backtest.png").write_bytes(plots.backtest_plot(by_month, worlds))
-    except OSError as failure:
-        raise ConfigurationError(f"{folder} cannot be written into ({failure.strerror}); name a folder") from failure
 
 
 # --- services -----------------------------------------------------------------------------------------------------

@@ -337,3 +337,17 @@ def test_the_command_reports_and_writes_the_table_and_the_plot(
     table = command()
     assert "stable: nothing changes" in table
     assert f"{summary['every month']['auc']:.4f}" in table
+    assert max(map(len, table.splitlines())) <= 110
+    assert "nan" not in table
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_anything_is_replayed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["streamflow", "backtest", "--output", str(tmp_path / "file" / "made")])
+    monkeypatch.setattr(module, "backtest", lambda *_, **__: pytest.fail("replayed"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert "cannot be made (Not a directory); name another folder" in capsys.readouterr().err
