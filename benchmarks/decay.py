@@ -45,7 +45,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--users", type=int, nargs="*", default=[7_043, 1_000_000])
-    parser.add_argument("--series", type=int, default=200)
+    parser.add_argument("--series", type=int, default=50)
     parser.add_argument("--held-out", type=int, nargs="*", default=[500, 1_783])
     arguments = parser.parse_args()
     # Each in a process of its own, whose peak memory is its own.

@@ -175,6 +175,15 @@ def test_the_simplest_within_one_standard_error_of_the_best_is_chosen(choice):
     assert f"“{first.name}”" in choice.reason
 
 
+def test_a_simpler_window_is_chosen_before_the_best_where_it_may_stand_for_it(rows, config):
+    simplest_first = [Window("recent", MONTHS[:3], 6.0), Window("all", MONTHS[:3])]
+    found = choose(simplest_first, rows, LABEL, V2, config)
+    assert [score.within_one_standard_error for score in found.scores] == [True, True]
+    assert found.scores[0].logloss > found.scores[1].logloss
+    assert found.window == simplest_first[0]
+    assert "“recent” (2024-01 to 2024-03) is the simplest within one standard error of it" in found.reason
+
+
 def test_in_a_stable_world_more_months_predict_better(choice):
     month, *more = choice.scores
     assert all(score.logloss < month.logloss for score in more)
