@@ -19,7 +19,7 @@ from serving.predictor import Freshness, Predictor
 from serving.problems import respond
 from serving.production import ProductionModel
 from serving.request_log import RequestLog
-from serving.routes import MAX_BODY, ROUTES, JsonRequest, Service
+from serving.routes import MAX_BODY, ROUTES, JsonRequest, Ops, Service
 from serving.shortcut import Shortcut
 from streamflow.contract import CONTRACT, Contract
 from streamflow.errors import ConfigurationError
@@ -52,7 +52,7 @@ def create_app(
     predictor = Predictor(production, store, freshness, clock, metrics)
     predictions = PredictionLog(settings.database_url, settings.home / "cache" / "predictions")
 
-    service = Service(predictor, predictions, production, metrics)
+    service = Service(predictor, predictions, production, metrics, Ops(postgres, contract, settings, clock))
 
     @asynccontextmanager
     async def running(_: Litestar) -> AsyncIterator[None]:

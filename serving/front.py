@@ -20,6 +20,8 @@ CALLER_REQUEST_ID_HEADER = b"x-caller-request-id"
 CALLER_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 WITHOUT_KEY = frozenset({"/health", "/ready"})
 NEVER_SHED = WITHOUT_KEY | {"/metrics"}
+BY_BROWSER = frozenset({"/"})
+"""What people open in a browser, which has no other way to show a key than as a password."""
 
 Headers = dict[bytes, bytes]
 
@@ -61,9 +63,10 @@ class Front:
     def _refusal(self, scope: Scope, headers: Headers) -> StreamFlowError | None:
         path = scope["path"]
         if self._keys and path not in WITHOUT_KEY:
-            owner = owner_of_key(self._keys, headers)
+            by_browser = path in BY_BROWSER
+            owner = owner_of_key(self._keys, headers, by_browser=by_browser)
             if owner is None:
-                return Unauthorized()
+                return Unauthorized(by_browser=by_browser)
             scope["state"]["key_owner"] = owner
             self._metrics.key_used(owner)
         if self.in_flight >= self._max_in_flight and path not in NEVER_SHED:

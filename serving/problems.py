@@ -15,7 +15,7 @@ from litestar.openapi.spec import Example
 from litestar.types import Scope, Send
 from msgspec import UNSET
 
-from serving.auth import CHALLENGE, Unauthorized
+from serving.auth import Unauthorized
 from serving.features import IncompleteFeatures, MissingFeatures, UnknownUser
 from serving.prediction_log import PredictionLogFull
 from serving.predictor import StaleFeatures, UnscorableUser
@@ -47,13 +47,12 @@ class Overloaded(StreamFlowError):
 
 @dataclass(frozen=True)
 class Kind:
-    """One type of problem: its status, the end of its ``type``, its title, when to ask again, how to prove who asks."""
+    """One type of problem: its status, the end of its ``type``, its title, when to ask again."""
 
     status: HTTPStatus
     name: str
     title: str
     retry_after_s: int | None = None
-    challenge: str | None = None
 
     @property
     def type(self) -> str:
@@ -73,9 +72,7 @@ KINDS: dict[type[Exception] | int, Kind] = {
     PredictionLogFull: Kind(HTTPStatus.SERVICE_UNAVAILABLE, "prediction-log-full", "The prediction log is full", 2),
     NotReady: Kind(HTTPStatus.SERVICE_UNAVAILABLE, "not-ready", "Not ready", 2),
     Overloaded: Kind(HTTPStatus.SERVICE_UNAVAILABLE, "overloaded", "Overloaded", 1),
-    Unauthorized: Kind(
-        HTTPStatus.UNAUTHORIZED, "unauthorized", "Missing or wrong API key, where keys are on", challenge=CHALLENGE
-    ),
+    Unauthorized: Kind(HTTPStatus.UNAUTHORIZED, "unauthorized", "Missing or wrong API key, where keys are on"),
     400: Kind(HTTPStatus.BAD_REQUEST, "malformed-request", "Malformed request"),
     404: Kind(HTTPStatus.NOT_FOUND, "not-found", "Nothing is here"),
     405: Kind(HTTPStatus.METHOD_NOT_ALLOWED, "method-not-allowed", "Method not allowed"),
@@ -146,8 +143,8 @@ def _headers(failure: Exception, kind: Kind) -> dict[str, str]:
     headers = dict(failure.headers or {}) if isinstance(failure, HTTPException) else {}
     if kind.retry_after_s:
         headers["Retry-After"] = str(kind.retry_after_s)
-    if kind.challenge:
-        headers["WWW-Authenticate"] = kind.challenge
+    if isinstance(failure, Unauthorized):
+        headers["WWW-Authenticate"] = failure.challenge
     return headers
 
 

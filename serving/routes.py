@@ -1,26 +1,40 @@
 """The routes: each unpacks a request, calls one thing and packs the answer."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Annotated, Any
 
 import msgspec
-from litestar import MediaType, Request, get, post
+from litestar import MediaType, Request, Response, get, post
 from litestar.di import NamedDependency
 from litestar.exceptions import ClientException, InternalServerException, SerializationException
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
-from litestar.params import JSONBody, Parameter, SkipValidation
+from litestar.params import FromQuery, JSONBody, Parameter, SkipValidation
 from litestar.response.base import ASGIResponse
 from litestar.types import Scope
 from msgspec import UNSET
 
+from serving import ops_html, ops_page
 from serving.auth import Unauthorized
 from serving.features import IncompleteFeatures, UnknownUser
 from serving.metrics import CONTENT_TYPE, Metrics
+from serving.ops_page import Served
+from serving.postgres import Postgres
 from serving.prediction_log import PredictionLog, PredictionLogFull, logged
 from serving.predictor import Predictor, Scored, StaleFeatures, UnscorableUser
-from serving.problems import NotReady, Overloaded, documented, new_request_id, problem, readiness_checks, request_id_of
+from serving.problems import (
+    KINDS,
+    NotReady,
+    Overloaded,
+    documented,
+    new_request_id,
+    problem,
+    readiness_checks,
+    request_id_of,
+)
 from serving.production import NoModel, ProductionModel, State
 from serving.schemas import (
     EXAMPLE_USER_ID,
@@ -38,7 +52,9 @@ from serving.schemas import (
     RefusedVersion,
 )
 from streamflow import explanation
+from streamflow.contract import Contract
 from streamflow.errors import StreamFlowError, WarehouseUnavailable
+from streamflow.settings import Settings
 
 MAX_BODY = 64 * 1024
 MAX_BATCH_BODY = 128 * 1024
@@ -64,6 +80,17 @@ class Service:
     predictions: PredictionLog
     production: ProductionModel
     metrics: Metrics
+    ops: "Ops"
+
+
+@dataclass(frozen=True)
+class Ops:
+    """What the ops page is made from."""
+
+    postgres: Postgres
+    contract: Contract
+    settings: Settings
+    clock: Callable[[], datetime]
 
 
 TheService = NamedDependency[SkipValidation[Service]]
@@ -229,6 +256,37 @@ async def metrics_page(service: TheService) -> str:
     return service.metrics.page().decode()
 
 
+@get("/", media_type=MediaType.HTML, include_in_schema=False)
+async def ops(request: JsonRequest, service: TheService, request_id: FromQuery[str | None] = None) -> Response[str]:
+    """The ops page, with the trace of ``request_id`` if given; for people, so it is no part of the API's description.
+
+    503, and a page that says so, while the database cannot be read.
+    """
+    made_of, served = service.ops, _served(service.production)
+    now, settings = made_of.clock(), made_of.settings
+    try:
+        page = await ops_page.read(made_of.postgres, made_of.contract, settings.online_store, served, request_id, now)
+    except WarehouseUnavailable as failure:
+        request.scope["state"]["failure"] = failure
+        html = ops_html.unavailable(str(failure), now)
+        again = {"Retry-After": str(KINDS[WarehouseUnavailable].retry_after_s)}
+        return Response(html, media_type=MediaType.HTML, status_code=503, headers={**ops_html.headers(), **again})
+    html = await asyncio.to_thread(ops_html.render, page, settings.mlflow_page)
+    return Response(html, media_type=MediaType.HTML, headers=ops_html.headers())
+
+
+def _served(production: ProductionModel) -> Served:
+    """What this process answers with, and what is wrong with that if anything is."""
+    try:
+        version = production.current().production.version
+    except NoModel as failure:
+        return Served(None, f"This service answers no prediction: {failure}.")
+    if production.refusal:
+        refused = production.refusal.production.version
+        return Served(version, f"This service serves version {version}, not {refused}: {production.refusal.reason}.")
+    return Served(version, None)
+
+
 def _prediction(scored: Scored, request_id: str) -> Prediction:
     production = scored.model.production
     return Prediction(
@@ -264,4 +322,4 @@ def _outcome(outcome: Scored | StreamFlowError, request_id: str) -> Outcome:
     return _prediction(outcome, request_id)
 
 
-ROUTES = (predict, predict_batch, features_of_user, model, health, ready, metrics_page)
+ROUTES = (predict, predict_batch, features_of_user, model, health, ready, metrics_page, ops)

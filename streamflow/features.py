@@ -22,6 +22,8 @@ from streamflow.contract import AS_OF, CONTRACT, MONTH, SCHEMA, USER_ID, Contrac
 from streamflow.database import Database
 from streamflow.errors import UnknownMonth
 from streamflow.months import Month
+from streamflow.relations import ONLINE_STORE, POSTGRES, REDIS
+from streamflow.relations import is_published as is_published
 from streamflow.settings import PROJECT_ROOT
 from streamflow.warehouse import MonthWrite, copy_in, month_write, record, rows_digest
 
@@ -32,9 +34,6 @@ REPOSITORY = PROJECT_ROOT / "feature_repo"
 EVENT_TIMESTAMP = "event_timestamp"
 OWNER = "data-science"
 ONLINE = "online"
-ONLINE_STORE = "online_store"
-"""The fact of a published month that says which online store it is in; PostgreSQL where it is not stated."""
-POSTGRES, REDIS = "postgres", "redis"
 INSTANT = timedelta(microseconds=1)
 SAME_DAY = timedelta(days=1)
 """How long a snapshot holds: whoever is not in a month's snapshot has no features, not those of an earlier month."""
@@ -199,11 +198,6 @@ def publish(
         store.get_feature_view(view.name), store.project, month.event_time - INSTANT, month.event_time
     )
     return published
-
-
-def is_published(written: MonthWrite, online_store: str) -> bool:
-    """Whether a view's month is in that online store (``postgres`` or ``redis``), and not in the one before it."""
-    return bool(written.facts.get(ONLINE_STORE, POSTGRES) == online_store)
 
 
 def _is_redis(store: "feast.FeatureStore") -> bool:

@@ -21,6 +21,8 @@ from streamflow.errors import UnknownMonth
 from streamflow.months import Month
 from streamflow.pipeline import Platform
 from streamflow.promotion import Version, current, in_force
+from streamflow.relations import DRIFT_REPORT as DRIFT_REPORT
+from streamflow.relations import PERFORMANCE_REPORT as PERFORMANCE_REPORT
 from streamflow.settings import Settings
 from streamflow.warehouse import MonthWrite, Source, lock, month_write, record
 
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
     from streamflow.scoring import Scorer
 
 Kind = Literal["drift_report", "performance_report"]
-DRIFT_REPORT: Kind = "drift_report"
-PERFORMANCE_REPORT: Kind = "performance_report"
 NAMED = 10
 """How many customers without a score are named."""
 

@@ -7,7 +7,7 @@ how each is done is in the module that it belongs to.
 import functools
 import hashlib
 import platform as machine
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version as installed_version
@@ -35,9 +35,13 @@ from streamflow.promotion import (
     in_force,
 )
 from streamflow.registry import SCORER_PATH, Registry, RunRecord
+from streamflow.relations import CHURN_MODEL as CHURN_MODEL
+from streamflow.relations import REGISTERED_VERSION as REGISTERED_VERSION
+from streamflow.relations import TRAINING_DATASET as TRAINING_DATASET
+from streamflow.relations import considered, earlier_sources
 from streamflow.settings import PROJECT_ROOT, Settings
 from streamflow.training_config import TrainingConfig
-from streamflow.warehouse import MonthWrite, Source, month_write, month_writes, record
+from streamflow.warehouse import MonthWrite, month_write, month_writes, record
 
 if TYPE_CHECKING:
     import feast
@@ -46,9 +50,6 @@ if TYPE_CHECKING:
     from streamflow.procedure import Candidate, Forward, Measured
     from streamflow.scoring import Scorer
 
-TRAINING_DATASET = "training_dataset"
-CHURN_MODEL = "churn_model"
-REGISTERED_VERSION = "registered_model_version"
 MODEL_CARD = "model_card.html"
 UNUSABLE = (ArtifactRefused, TrainingRefused, UnknownVersion)
 EXAMPLE_ROWS = 3
@@ -323,21 +324,6 @@ def train(
     )
     forwards = (*([before[1]] if before else []), *([after] if after else []))
     return Trained(_recorded(platform, written), run_id, candidate, measured, forwards, tuple(not_validated), images)
-
-
-def considered(month: Month, earlier_months: int | None, datasets: Iterable[MonthWrite]) -> list[MonthWrite]:
-    """Of training datasets the earlier ones, oldest first, that a model of ``month`` may learn from beside its own.
-
-    They are those of so many calendar months before, or with None of all.
-    """
-    oldest = None if earlier_months is None else month.shift(-earlier_months)
-    found = [one for one in datasets if one.month < month and (oldest is None or one.month >= oldest)]
-    return sorted(found, key=lambda one: one.month)
-
-
-def earlier_sources(others: Iterable[MonthWrite]) -> dict[str, Source]:
-    """How a model that was chosen with training datasets of earlier months in view names them."""
-    return {f"{TRAINING_DATASET} {one.month}": one.as_source for one in others}
 
 
 def _earlier_dataset(platform: Platform, source: MonthWrite, month: Month) -> TrainingDataset:

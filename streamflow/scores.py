@@ -25,12 +25,12 @@ from streamflow.database import Database
 from streamflow.errors import UnknownMonth
 from streamflow.files import write_file
 from streamflow.months import Month
+from streamflow.relations import CHURN_SCORES as CHURN_SCORES
 from streamflow.scoring import decide
 from streamflow.training_config import Value
 from streamflow.value import expected
 from streamflow.warehouse import MonthWrite, Source, copy_in, lock, month_write, record
 
-CHURN_SCORES = "churn_scores"
 COLUMNS = ("rank", USER_ID, "probability", "threshold", "decision", "expected_value")
 CONTACTS = "contacts"
 Floats = NDArray[np.float64]

@@ -3,38 +3,19 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
 
 from streamflow.contract import CONTRACT, Contract
-from streamflow.features import is_published
 from streamflow.landing import MonthManifest
-from streamflow.monitoring import DRIFT_REPORT, PERFORMANCE_REPORT
-from streamflow.months import Month
-from streamflow.pipeline import (
-    CHURN_MODEL,
-    REGISTERED_VERSION,
-    TRAINING_DATASET,
-    Platform,
-    considered,
-    earlier_sources,
-)
+from streamflow.pipeline import Platform
 from streamflow.promotion import Entry, Version, current, decision_in_force, in_force
-from streamflow.scores import CHURN_SCORES
-from streamflow.warehouse import MonthWrite, month_writes
-
-TRAINED = (CHURN_MODEL, REGISTERED_VERSION)
-"""What is made when a model is trained, and not for every month."""
-WATCHED = (CHURN_SCORES, DRIFT_REPORT, PERFORMANCE_REPORT)
-"""What is made of every month once something is in Production."""
-State = Literal["landed", "incomplete", "stale", "unlabelled", "complete"]
-
-MEANINGS: Mapping[State, str] = {
-    "landed": "files are in the landing zone, nothing is materialized",
-    "incomplete": "materialization has not gone through",
-    "stale": "something was made from data that has been replaced or added to since",
-    "unlabelled": "features are online and scored; labels.csv has not landed, so nothing is judged or trained",
-    "complete": "everything is materialized from what has landed",
-}
+from streamflow.relations import MEANINGS as MEANINGS
+from streamflow.relations import TRAINED as TRAINED
+from streamflow.relations import TRAINING_DATASET, MonthWrite, Source, in_store, standing
+from streamflow.relations import WATCHED as WATCHED
+from streamflow.relations import State as State
+from streamflow.relations import needs_labels as needs_labels
+from streamflow.relations import relations as relations
+from streamflow.warehouse import month_writes
 
 
 @dataclass(frozen=True)
@@ -75,23 +56,6 @@ class ProductionStatus:
     promoted_by: str
 
 
-def relations(contract: Contract = CONTRACT) -> dict[str, tuple[str, ...]]:
-    """Every relation of the graph, upstream first, with what it is made from."""
-    users = contract.tables[0].name
-    snapshots = tuple(str(table.snapshot) for table in contract.snapshots)
-    return {
-        **{table.name: () for table in contract.tables},
-        **{str(table.snapshot): tuple(dict.fromkeys((users, table.name))) for table in contract.snapshots},
-        **{view.name: (view.snapshot,) for view in contract.views},
-        TRAINING_DATASET: (contract.label_table.name, *snapshots),
-        CHURN_SCORES: snapshots,
-        DRIFT_REPORT: (*snapshots, CHURN_SCORES),
-        PERFORMANCE_REPORT: (TRAINING_DATASET, CHURN_SCORES),
-        CHURN_MODEL: (TRAINING_DATASET,),
-        REGISTERED_VERSION: (CHURN_MODEL,),
-    }
-
-
 def month_status(
     manifest: MonthManifest,
     written: Mapping[str, MonthWrite],
@@ -105,64 +69,19 @@ def month_status(
     ``written`` is the month's writes by relation, ``earlier`` the training datasets of the months before it.
     ``in_production`` says whether there is a version to score with.
     """
-    graph = relations(contract)
-    labelled = contract.label_table.name in manifest.tables
-    not_wanted = {
-        *(name for name in graph if not labelled and needs_labels(name, contract)),
-        *(() if in_production else WATCHED),
-        *(() if CHURN_MODEL in written else TRAINED),
-    }
-    missing = tuple(name for name in graph if name not in written and name not in not_wanted)
-    stale = tuple(_stale(manifest, written, graph, earlier))
-    state: State = "complete" if labelled else "unlabelled"
-    if stale:
-        state = "stale"
-    elif missing:
-        state = "incomplete" if written else "landed"
     current_revisions = manifest.current
+    landed: dict[str, Source] = {
+        name: {"revision": one.revision, "digest": one.sha256} for name, one in current_revisions.items()
+    }
+    stands = standing(landed, written, contract, earlier, in_production=in_production)
     return MonthStatus(
         manifest.month,
-        state,
+        stands.state,
         max(revision.revision for revision in current_revisions.values()),
         current_revisions[contract.tables[0].name].rows,
-        missing,
-        stale,
+        stands.missing,
+        stands.stale,
     )
-
-
-def needs_labels(relation: str, contract: Contract = CONTRACT) -> bool:
-    """Whether a relation cannot be made of a month that has no labels."""
-    graph = relations(contract)
-    return relation == contract.label_table.name or any(needs_labels(source, contract) for source in graph[relation])
-
-
-def _stale(
-    manifest: MonthManifest,
-    written: Mapping[str, MonthWrite],
-    graph: Mapping[str, tuple[str, ...]],
-    earlier: Sequence[MonthWrite],
-) -> Iterable[str]:
-    """The relations that were made from content that is no longer in force, directly or further up."""
-    found: set[str] = set()
-    for name, sources in graph.items():
-        if name not in written:
-            continue
-        write = written[name]
-        landed = manifest.current.get(name)
-        replaced = landed is not None and (write.revision, write.digest) != (landed.revision, landed.sha256)
-        outdated = any(
-            source in found or (source in written and write.sources.get(source) != written[source].as_source)
-            for source in sources
-        )
-        if replaced or outdated or (name == CHURN_MODEL and _considered_others(write, earlier)):
-            found.add(name)
-            yield name
-
-
-def _considered_others(model: MonthWrite, earlier: Sequence[MonthWrite]) -> bool:
-    """Whether a model's window was chosen in view of other datasets of earlier months than it would be now."""
-    then = {name: source for name, source in model.sources.items() if name != TRAINING_DATASET}
-    return then != earlier_sources(considered(model.month, model.facts.get("earlier_months", 0), earlier))
 
 
 def production_status(entries: list[Entry], versions: Iterable[Version]) -> ProductionStatus | None:
@@ -176,12 +95,8 @@ def production_status(entries: list[Entry], versions: Iterable[Version]) -> Prod
 
 def month_statuses(platform: Platform) -> list[MonthStatus]:
     """The state of every landed month, oldest first."""
-    written: dict[Month, dict[str, MonthWrite]] = {}
-    views = {view.name for view in platform.contract.views}
-    for write in month_writes(platform.database):
-        if write.relation not in views or is_published(write, platform.settings.online_store):
-            written.setdefault(write.month, {})[write.relation] = write
     zone, contract = platform.landing, platform.contract
+    written = in_store(month_writes(platform.database), platform.settings.online_store, contract)
     in_production = current(platform.ledger.entries()) is not None
     datasets = [writes[TRAINING_DATASET] for writes in written.values() if TRAINING_DATASET in writes]
     return [

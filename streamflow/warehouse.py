@@ -9,7 +9,7 @@ import io
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, TypedDict
+from typing import Any
 
 import pandas as pd
 import psycopg
@@ -22,6 +22,8 @@ from streamflow.contract import AS_OF, CONTRACT, MONTH, SCHEMA, USER_ID, Column,
 from streamflow.database import Database
 from streamflow.errors import ConfigurationError, UnknownMonth
 from streamflow.months import FIRST_MONTH, Month
+from streamflow.relations import MonthWrite as MonthWrite
+from streamflow.relations import Source as Source
 
 TYPES = {
     "id": 'text COLLATE "C"',
@@ -44,36 +46,6 @@ DATES_AGREE = "dates_agree_with_partition"
 ROWS_EQUAL = "row_count_equals_source"
 KEY_UNIQUE = "key_is_unique"
 EPOCH = Month.parse(FIRST_MONTH)
-
-
-class Source(TypedDict):
-    """Which revision of a relation, and which content, something was made from."""
-
-    revision: int
-    digest: str
-
-
-@dataclass(frozen=True)
-class MonthWrite:
-    """What a relation of the graph holds for a month.
-
-    ``digest`` is that of the file for a table and that of the content for all else; ``sources`` gives revision and
-    digest of each relation that it was made from, ``facts`` whatever else is needed to go on from it.
-    """
-
-    relation: str
-    month: Month
-    revision: int
-    digest: str
-    rows: int
-    sources: Mapping[str, Source]
-    written_at: datetime
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def as_source(self) -> Source:
-        """How what is made from this names it."""
-        return {"revision": self.revision, "digest": self.digest}
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def guarded_api(guarded: Settings) -> Iterator[httpx.Client]:
     ],
 )
 def test_without_a_key_everything_else_is_401(guarded_api: httpx.Client, method: str, path: str) -> None:
-    answer = guarded_api.request(method, path)
+    answer = guarded_api.request(method, str(guarded_api.base_url).rstrip("/") + path)
     details = problem(answer, 401, "unauthorized")
     assert "Authorization: Bearer KEY" in details["detail"]
     assert answer.headers["www-authenticate"] == 'Bearer realm="streamflow"'

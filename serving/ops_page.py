@@ -1,0 +1,520 @@
+"""What the ops page tells: what is in Production and why, how good it promised to be and is, months, ledger, a trace.
+
+Reading the database into what the page shows belongs here; how that looks is ops_html.py's. What reports and versions
+record is read by the few names that the page shows. Months are as the warehouse has them: the service may run where
+the landing zone is not.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime
+from typing import Any, Literal, TypeVar
+from uuid import UUID
+
+import msgspec
+from msgspec import Struct
+
+from serving.postgres import Postgres
+from streamflow.contract import Contract
+from streamflow.months import Month
+from streamflow.predictions import LoggedPrediction
+from streamflow.relations import (
+    CHURN_SCORES,
+    TRAINING_DATASET,
+    MonthWrite,
+    Source,
+    Standing,
+    in_store,
+    standing,
+)
+
+SHOWN_MONTHS = 12
+SHOWN_ENTRIES = 20
+SHOWN_RETRAININGS = 12
+SHOWN_CANDIDATES = 5
+
+_Row = TypeVar("_Row")
+
+
+# --- what the database has ------------------------------------------------------------------------------------------
+
+
+class Interval(Struct, frozen=True):
+    """A measure and its interval of 95 %."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Gate(Struct, frozen=True):
+    """One condition that a version was held against."""
+
+    name: str
+    passed: bool
+    value: float | None
+    bound: float | None
+    reason: str
+
+
+class Version(Struct, frozen=True):
+    """A version and the decision about it that counts: what made it Production, or why it waits.
+
+    ``held_against`` was in Production then. ``because`` is what it was trained again for, None where a person asked.
+    """
+
+    version: int
+    at: datetime
+    action: str
+    by: str
+    reason: str
+    override: bool
+    held_against: int | None
+    gates: tuple[Gate, ...]
+    threshold: float
+    as_of: date
+    service: str
+    estimator: str | None
+    calibrated: bool | None
+    window: tuple[str, ...]
+    window_reason: str | None
+    because: str | None
+    promised: Interval | None
+    users: int | None
+    run_id: str
+    dataset_digest: str
+    artifact_sha256: str
+    code_version: str | None
+
+    @property
+    def failed(self) -> tuple[Gate, ...]:
+        """The gates that it did not pass."""
+        return tuple(gate for gate in self.gates if not gate.passed)
+
+
+class Entry(Struct, frozen=True):
+    """A row of the ledger; ``threshold`` is the new one where it changes that."""
+
+    at: datetime
+    action: str
+    version: int
+    previous: int | None
+    by: str
+    reason: str
+    override: bool
+    threshold: float | None
+
+
+class Finding(Struct, frozen=True):
+    """Whether something is so, and a sentence about it."""
+
+    found: bool
+    reason: str
+
+
+class Performance(Struct, frozen=True):
+    """What a version achieved on the held-out users of a month, and what it had promised, as AUC."""
+
+    month: str
+    version: int
+    trained_on: tuple[str, ...]
+    users: int
+    achieved: Interval
+    promised: Interval
+    worse_than_promised: Finding
+    no_better_than_chance: Finding
+    worse_calibrated: Finding
+    sliding: Finding
+    explained: str | None
+
+    @property
+    def decayed(self) -> bool:
+        """Whether the version ranked worse than it promised, or no better than chance."""
+        return self.worse_than_promised.found or self.no_better_than_chance.found
+
+    @property
+    def seen(self) -> bool:
+        """Whether the version learned from other users of this month."""
+        return self.month in self.trained_on
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """What was found, in words."""
+        named = {
+            "no better than chance": self.no_better_than_chance,
+            "worse than promised": self.worse_than_promised,
+            "worse calibrated": self.worse_calibrated,
+            "sliding": self.sliding,
+        }
+        return tuple(name for name, finding in named.items() if finding.found)
+
+
+Size = Literal["none", "small", "moderate", "large"]
+
+
+class FeatureDrift(Struct, frozen=True):
+    """How far one feature, or the scores, moved."""
+
+    name: str
+    psi: float
+    significant: bool
+    size: Size
+
+
+class Drift(Struct, frozen=True):
+    """How a month differs from the one that its version was trained on."""
+
+    month: str
+    version: int
+    reference_month: str
+    features: tuple[FeatureDrift, ...]
+    score: FeatureDrift
+
+    @property
+    def significant(self) -> tuple[str, ...]:
+        """The features whose drift is no chance."""
+        return tuple(one.name for one in self.features if one.significant)
+
+    @property
+    def largest(self) -> FeatureDrift:
+        """The feature that moved most."""
+        return max(self.features, key=lambda one: one.psi)
+
+
+class Retraining(Struct, frozen=True):
+    """A model that was trained for a cause, and the version that came of it, if one did, and what became of that."""
+
+    month: str
+    cause: str
+    reason: str
+    by: str
+    started_at: datetime
+    version: int | None
+    outcome: str | None
+
+
+class _Write(Struct, frozen=True):
+    relation: str
+    month: str
+    revision: int
+    digest: str
+    rows: int
+    sources: dict[str, Source]
+    written_at: datetime
+    facts: dict[str, Any]
+
+
+class _Counts(Struct, frozen=True):
+    entries: int
+    months: int
+    waiting: int
+
+
+class Origin(Struct, frozen=True):
+    """Where a version comes from; ``promoted_at`` is when it became Production last, before it answered."""
+
+    as_of: date
+    service: str
+    window: tuple[str, ...]
+    estimator: str | None
+    dataset_digest: str
+    registered_at: datetime
+    promoted_at: datetime | None
+
+
+# --- what the page tells --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MonthView:
+    """One month: how far it is, and what was found of it; what has not been made of it is None."""
+
+    month: str
+    standing: Standing
+    customers: int | None
+    scored_by: int | None
+    to_contact: int | None
+    expected_value: float | None
+    drift: Drift | None
+    performance: Performance | None
+    retraining: Retraining | None
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A logged prediction and what answered it; ``origin`` is None for a version that was never registered."""
+
+    prediction: LoggedPrediction
+    origin: Origin | None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What came of looking for ``request_id``: a prediction, or the reason why there is none."""
+
+    request_id: str
+    traced: Traced | None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Served:
+    """What this process answers with: a version, and why it is not another; no version and the reason."""
+
+    version: int | None
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class OpsPage:
+    """Everything on the page at ``at``; months and retrainings are newest first, as is the ledger.
+
+    ``entries_in_all`` and ``months_in_all`` count those that are not shown too, ``waiting_in_all`` the candidates.
+    """
+
+    at: datetime
+    production: Version | None
+    served: Served
+    waiting: Sequence[Version]
+    waiting_in_all: int
+    months: Sequence[MonthView]
+    months_in_all: int
+    retrainings: Sequence[Retraining]
+    ledger: Sequence[Entry]
+    entries_in_all: int
+    trace: Trace | None
+
+    @property
+    def performances(self) -> list[Performance]:
+        """The reports on the months shown, oldest first."""
+        return [one.performance for one in reversed(self.months) if one.performance]
+
+    @property
+    def drifts(self) -> list[Drift]:
+        """The same for drift."""
+        return [one.drift for one in reversed(self.months) if one.drift]
+
+    @property
+    def achieved(self) -> Performance | None:
+        """The newest report on what is in Production."""
+        number = self.production.version if self.production else None
+        return next((one for one in reversed(self.performances) if one.version == number), None)
+
+    @property
+    def attention(self) -> list[str]:
+        """What a person must look at, most urgent first."""
+        found = [self.served.problem] if self.served.problem else []
+        if (achieved := self.achieved) and (names := achieved.findings):
+            found.append(
+                f"Version {achieved.version}, which is in Production, was {_listed(names)} in {achieved.month}."
+            )
+        found += [
+            f"{one.month} is {one.standing.state}: {_listed(one.standing.stale or one.standing.missing)}."
+            for one in self.months
+            if one.standing.state in ("stale", "incomplete")
+        ]
+        found += [
+            f"The retraining for {one.month} has no version yet: it is under way, or failed."
+            for one in self.retrainings
+            if one.version is None
+        ]
+        if self.waiting_in_all:
+            what = "1 version waits" if self.waiting_in_all == 1 else f"{self.waiting_in_all} versions wait"
+            found.append(f"{what} for approval.")
+        return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1]))) if names else ""
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+# Each row comes as one JSON document: floats in their shortest exact form, checked against the type that it is read as.
+
+_VERSION = """
+    SELECT decided.version, decided.at, decided.action, decided.by, decided.reason, decided.override,
+        decided.previous AS held_against, decided.gates, registered.as_of, registered.service, registered.run_id,
+        registered.dataset_digest, registered.artifact_sha256,
+        coalesce(
+            (SELECT later.threshold FROM streamflow.promotion_ledger AS later
+             WHERE later.action = 'threshold' AND later.version = decided.version ORDER BY later.id DESC LIMIT 1),
+            registered.threshold
+        ) AS threshold,
+        lineage -> 'estimator' AS estimator, lineage -> 'calibrated' AS calibrated,
+        coalesce(lineage -> 'window', '[]') AS window, lineage -> 'window_reason' AS window_reason,
+        lineage -> 'code_version' AS code_version, retrainings.reason AS because,
+        registered.evidence #> '{metrics,auc}' AS promised, registered.evidence -> 'users' AS users
+    FROM streamflow.promotion_ledger AS decided
+    JOIN streamflow.model_versions AS registered USING (version)
+    LEFT JOIN streamflow.retrainings ON retrainings.cause = lineage ->> 'cause'
+"""
+PRODUCTION = f"{_VERSION} WHERE decided.action IN ('promote', 'rollback') ORDER BY decided.id DESC LIMIT 1"
+_WAITING = """
+    SELECT id FROM (
+        SELECT DISTINCT ON (version) id, action FROM streamflow.promotion_ledger
+        WHERE action IN ('promote', 'rollback', 'wait', 'refuse') ORDER BY version, id DESC
+    ) AS newest WHERE action = 'wait'
+"""
+WAITING = f"{_VERSION} WHERE decided.id IN ({_WAITING}) ORDER BY decided.id DESC LIMIT $1"
+LEDGER = """
+    SELECT at, action, version, previous, by, reason, override, threshold
+    FROM streamflow.promotion_ledger ORDER BY id DESC LIMIT $1
+"""
+_COUNTS = """
+    SELECT (SELECT count(*) FROM streamflow.promotion_ledger) AS entries,
+        (SELECT count(DISTINCT month) FROM streamflow.month_writes) AS months, count(*) AS waiting
+    FROM
+"""
+COUNTS = f"{_COUNTS} ({_WAITING}) AS waits"
+# The datasets of all months tell whether a model's window would be chosen among others now. Of facts, what is long and
+# not shown stays behind.
+WRITES = """
+    SELECT relation, month, revision, digest, rows, sources, written_at,
+        facts - 'lineage' - 'evidence' - 'files' AS facts
+    FROM streamflow.month_writes
+    WHERE relation = $2
+        OR month IN (SELECT DISTINCT month FROM streamflow.month_writes ORDER BY month DESC LIMIT $1)
+    ORDER BY month, relation
+"""
+PERFORMANCE = """
+    SELECT DISTINCT ON (month) month, model_version AS version, content -> 'trained_on' AS trained_on,
+        content #> '{held_out,users}' AS users, content #> '{held_out,metrics,auc}' AS achieved,
+        content #> '{promised,auc}' AS promised, content -> 'worse_than_promised' AS worse_than_promised,
+        content -> 'no_better_than_chance' AS no_better_than_chance, content -> 'worse_calibrated' AS worse_calibrated,
+        content -> 'sliding' AS sliding, content #> '{drop,reason}' AS explained
+    FROM streamflow.reports WHERE kind = 'performance_report' AND month = ANY($1) ORDER BY month, id DESC
+"""
+DRIFT = """
+    SELECT DISTINCT ON (month) month, model_version AS version, content -> 'reference_month' AS reference_month,
+        content #> '{report,features}' AS features, content #> '{report,score}' AS score
+    FROM streamflow.reports WHERE kind = 'drift_report' AND month = ANY($1) ORDER BY month, id DESC
+"""
+RETRAININGS = """
+    SELECT retrainings.month, retrainings.cause, retrainings.reason, retrainings.by, started_at, made.version,
+        (SELECT action FROM streamflow.promotion_ledger AS decided
+         WHERE decided.version = made.version AND action IN ('promote', 'rollback', 'wait', 'refuse')
+         ORDER BY id DESC LIMIT 1) AS outcome
+    FROM streamflow.retrainings
+    LEFT JOIN LATERAL (
+        SELECT version FROM streamflow.model_versions WHERE lineage ->> 'cause' = cause ORDER BY version DESC LIMIT 1
+    ) AS made ON true
+    ORDER BY started_at DESC, cause LIMIT $1
+"""
+LOGGED = "SELECT * FROM streamflow.predictions WHERE request_id = $1::uuid"
+ORIGIN = """
+    SELECT as_of, service, coalesce(lineage -> 'window', '[]') AS window, lineage -> 'estimator' AS estimator,
+        dataset_digest, registered_at,
+        (SELECT max(at) FROM streamflow.promotion_ledger AS decided
+         WHERE decided.version = registered.version AND action IN ('promote', 'rollback') AND at <= $2) AS promoted_at
+    FROM streamflow.model_versions AS registered WHERE version = $1
+"""
+
+
+_AS_JSON = "SELECT row_to_json(shown)::text FROM"
+
+
+async def read(
+    postgres: Postgres, contract: Contract, online_store: str, served: Served, request_id: str | None, now: datetime
+) -> OpsPage:
+    """Everything that the page tells, with the trace of a request id if one is asked for.
+
+    One query after the other: the connections are the predictions' too. Raises WarehouseUnavailable.
+    """
+    production = await _rows(postgres, Version, PRODUCTION)
+    retrainings = await _rows(postgres, Retraining, RETRAININGS, SHOWN_RETRAININGS)
+    (counts,) = await _rows(postgres, _Counts, COUNTS)
+    return OpsPage(
+        at=now,
+        production=production[0] if production else None,
+        served=served,
+        waiting=await _rows(postgres, Version, WAITING, SHOWN_CANDIDATES),
+        waiting_in_all=counts.waiting,
+        months=await _months(postgres, contract, online_store, retrainings, in_production=bool(production)),
+        months_in_all=counts.months,
+        retrainings=retrainings,
+        ledger=await _rows(postgres, Entry, LEDGER, SHOWN_ENTRIES),
+        entries_in_all=counts.entries,
+        trace=await _trace(postgres, request_id.strip()) if request_id and request_id.strip() else None,
+    )
+
+
+async def _rows(postgres: Postgres, kind: type[_Row], query: str, *parameters: object) -> list[_Row]:
+    rows = await postgres.fetch(f"{_AS_JSON} ({query}) AS shown", *parameters)
+    return [msgspec.json.decode(document, type=kind) for (document,) in rows]
+
+
+async def _months(
+    postgres: Postgres,
+    contract: Contract,
+    online_store: str,
+    retrainings: Sequence[Retraining],
+    *,
+    in_production: bool,
+) -> list[MonthView]:
+    """The newest months, newest first."""
+    rows = await _rows(postgres, _Write, WRITES, SHOWN_MONTHS, TRAINING_DATASET)
+    writes = [MonthWrite(**{**msgspec.structs.asdict(row), "month": Month.parse(row.month)}) for row in rows]
+    datasets = [write for write in writes if write.relation == TRAINING_DATASET]
+    written = in_store(writes, online_store, contract)
+    shown = sorted(written, reverse=True)[:SHOWN_MONTHS]
+    keys = [str(month) for month in shown]
+    performances = {one.month: one for one in await _rows(postgres, Performance, PERFORMANCE, keys)}
+    drifts = {one.month: one for one in await _rows(postgres, Drift, DRIFT, keys)}
+    newest = {one.month: one for one in reversed(retrainings)}
+    return [
+        _month(
+            month,
+            contract,
+            written[month],
+            [one for one in datasets if one.month < month],
+            in_production=in_production,
+            drift=drifts.get(str(month)),
+            performance=performances.get(str(month)),
+            retraining=newest.get(str(month)),
+        )
+        for month in shown
+    ]
+
+
+def _month(
+    month: Month,
+    contract: Contract,
+    written: Mapping[str, MonthWrite],
+    earlier: Sequence[MonthWrite],
+    *,
+    in_production: bool,
+    drift: Drift | None,
+    performance: Performance | None,
+    retraining: Retraining | None,
+) -> MonthView:
+    tables = [table.name for table in contract.tables if table.name in written]
+    landed = {name: written[name].as_source for name in tables}
+    scores = written[CHURN_SCORES].facts if CHURN_SCORES in written else {}
+    return MonthView(
+        str(month),
+        standing(landed, written, contract, earlier, in_production=in_production),
+        written[tables[0]].rows if tables else None,
+        scores.get("version"),
+        scores.get("contacts"),
+        scores.get("expected_value"),
+        drift,
+        performance,
+        retraining,
+    )
+
+
+async def _trace(postgres: Postgres, request_id: str) -> Trace:
+    try:
+        wanted = UUID(request_id)
+    except ValueError:
+        return Trace(request_id, None, "That is no request id: one is a UUID, as in an answer's X-Request-ID header.")
+    found = await _rows(postgres, LoggedPrediction, LOGGED, wanted)
+    if not found:
+        problem = (
+            "The prediction log has no such request: it answered no prediction, its month was dropped, or it is so new "
+            "that PostgreSQL does not have it yet."
+        )
+        return Trace(str(wanted), None, problem)
+    origin = await _rows(postgres, Origin, ORIGIN, found[0].model_version, found[0].answered_at)
+    return Trace(str(wanted), Traced(found[0], origin[0] if origin else None))
