@@ -254,15 +254,13 @@ class ClosedLoop(Collector):
         months = [MonthHeld(*row) for row in await fetch(MONTHS_HELD, users, labels, MONTHS)]
         drift = await self._reports_in_force("drift_report", DriftReport)
         performance = await self._reports_in_force("performance_report", PerformanceReport)
-        in_force = {**drift, **performance}
-        self._reports = {number: report for number, report in self._reports.items() if number in in_force}
         promoted_at, trained_to = _first(await fetch(PRODUCTION)) or (None, None)
         (waiting,) = (await fetch(CANDIDATES_WAITING))[0]
         return LoopState(
             now,
             months,
-            list(drift.values()),
-            list(performance.values()),
+            drift,
+            performance,
             [Retraining(*row) for row in await fetch(RETRAININGS)],
             {row[0]: row[1] for row in await fetch(DECISIONS)},
             promoted_at,
@@ -270,14 +268,14 @@ class ClosedLoop(Collector):
             waiting,
         )
 
-    async def _reports_in_force(self, kind: str, report: type[_Report]) -> dict[int, _Report]:
-        """The newest months' reports by their number; each is fetched once, because a report never changes."""
+    async def _reports_in_force(self, kind: str, report: type[_Report]) -> list[_Report]:
+        """The newest months' reports; each is fetched once, because a report never changes."""
         numbers = [number for (number,) in await self._postgres.fetch(REPORTS_IN_FORCE, kind, MONTHS)]
         unknown = [number for number in numbers if number not in self._reports]
         if unknown:
             for number, content in await self._postgres.fetch(REPORTS, unknown):
                 self._reports[number] = msgspec.json.decode(content, type=report)
-        return {number: known for number in numbers if isinstance(known := self._reports[number], report)}
+        return [known for number in numbers if isinstance(known := self._reports[number], report)]
 
 
 def _first(rows: Sequence[Row]) -> Row | None:

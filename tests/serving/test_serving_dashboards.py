@@ -461,6 +461,22 @@ def test_panel_has_data(scraped: Scraped, expression: str) -> None:
 
 
 @NEEDS_PROMETHEUS
+@pytest.mark.parametrize("panel", [pytest.param(panel, id=f"{name}: {panel['title']}") for name, panel in PANELS])
+def test_labels_that_a_panel_shows_are_there(scraped: Scraped, panel: dict[str, Any]) -> None:
+    columns = {label for step in panel.get("transformations", ()) for label in step["options"].get("renameByName", {})}
+    labels = {label for label in columns if not label.startswith("Value")}
+    if panel["title"] == "Alerts":
+        labels = {"alertname", "severity"}
+    shown: set[str] = set()
+    for target in panel["targets"]:
+        found = [set(sample["metric"]) for sample in scraped.query(target["expr"])]
+        asked = set(re.findall(r"\{\{(\w+)\}\}", target.get("legendFormat", "")))
+        assert all(asked <= of_sample for of_sample in found)
+        shown |= set.intersection(*found)
+    assert labels <= shown
+
+
+@NEEDS_PROMETHEUS
 @pytest.mark.parametrize("name", ALERTS)
 def test_rule_is_evaluated_and_what_it_asks_for_is_there(scraped: Scraped, name: str) -> None:
     groups = scraped.ask("rules")["groups"]
