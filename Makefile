@@ -24,8 +24,9 @@ static: .venv/installed
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
 	$(BIN)/hadolint docker/Dockerfile
 
+# All figures as one JSON, in 40 minutes; ARGS="serving soak" for some, ARGS=--help for their names.
 bench: .venv/installed
-	$(BIN)/python -m benchmarks $(ARGS)
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 # After a change of the dependencies in pyproject.toml.
 lock: .venv/installed

@@ -1,8 +1,9 @@
 """Measures the service against an empty Litestar route on the same server, and says where a request's time goes.
 
-    python -m benchmarks.serving [--repeats N] [--seconds S] [--users N] [--soak S]
+    python -m benchmarks.serving [--repeats N] [--seconds S] [--users N | --redis] [--soak S]
 
-``--users`` adds that many customers to the online store beside the real ones. Each repeat measures every load in turn,
+The customers are those of the real 2024-01 if it lies beside the checkout, else of a simulated month; ``--users`` adds
+so many more to the online store, ``--redis`` has it in a Redis that it starts. Each repeat measures every load in turn,
 ours and the empty route's, so that a ratio compares what ran within the same seconds. Latencies are in milliseconds,
 rates in requests per second, each as median, minimum and maximum over the repeats. JSON on standard output.
 """
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
@@ -32,19 +34,19 @@ import numpy as np
 import psutil
 import uvloop
 
-from benchmarks.months import assembled
+from benchmarks.months import MONTH, REAL_MONTH, assembled, folder_of_a_month
 from streamflow import pipeline
 from streamflow.contract import CONTRACT, USER_ID
 from streamflow.embedded import postgres
-from streamflow.months import FIRST_MONTH, Month
+from streamflow.scoring import Scorer
 from streamflow.settings import PROJECT_ROOT, Settings
 
-REAL_MONTH = PROJECT_ROOT.parent / "shared" / "data" / "month_000"
-MONTH = Month.parse(FIRST_MONTH)
 WARM_UP_S = 0.5
 SLICE_S = 30.0
 BATCH = 1000
+MODEL_CALLS = 2_000
 CLIENTS = (1, 8, 32, 128)
+SERVICE = (sys.executable, "-m", "serving")
 
 
 # --- the load -------------------------------------------------------------------------------------------------------
@@ -149,6 +151,7 @@ def serve_empty(port: int) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
     )
 
 
@@ -163,7 +166,9 @@ def free_port() -> int:
 def process(command: Sequence[str], port: int, environment: dict[str, str]) -> Iterator[psutil.Process]:
     """A server process that answers on its port."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | environment
-    server = subprocess.Popen([sys.executable, *command], env=environment, cwd=PROJECT_ROOT, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        command, env=environment, cwd=PROJECT_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         deadline = time.monotonic() + 30
         while True:
@@ -180,14 +185,24 @@ def process(command: Sequence[str], port: int, environment: dict[str, str]) -> I
         server.wait(30)
 
 
+@contextmanager
+def redis_server(folder: Path) -> Iterator[str]:
+    """The address of an empty Redis."""
+    port = free_port()
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""]
+    with process(command, port, {}):
+        yield f"redis://127.0.0.1:{port}/0"
+
+
 # --- what is served -------------------------------------------------------------------------------------------------
 
 
 def prepared(installed: pipeline.Platform) -> list[str]:
-    """Bring the real month through the pipeline to a Production version in the service's cache; returns the users."""
+    """Bring a month through the pipeline to a Production version in the service's cache; returns the users."""
     now = datetime.now(UTC)
     pipeline.prepare(installed)
-    assembled(installed, REAL_MONTH, MONTH, now)
+    with tempfile.TemporaryDirectory() as scratch:
+        assembled(installed, folder_of_a_month(REAL_MONTH, Path(scratch)), MONTH, now)
     pipeline.train(installed, MONTH, now)
     version = pipeline.register(installed, MONTH, now).version
     if installed.ledger.production() != version.version:
@@ -273,11 +288,19 @@ def soaked(port: int, users: Sequence[str], seconds: float, server: psutil.Proce
 def started(settings: Settings, environment: dict[str, str]) -> dict[str, float]:
     """Seconds from the start of the process to its first good prediction, and its memory then in MiB."""
     begun = time.perf_counter()
-    with process(["-m", "serving"], settings.api_port, environment) as server:
+    with process(SERVICE, settings.api_port, environment) as server:
         with httpx.Client(base_url=f"http://127.0.0.1:{settings.api_port}") as client:
             while client.post("/predict", json={USER_ID: environment["BENCHMARK_USER"]}).status_code != 200:
                 time.sleep(0.01)
         return {"seconds": time.perf_counter() - begun, "MiB": server.memory_info().rss / 2**20}
+
+
+def model_call(installed: pipeline.Platform, repeats: int) -> list[float]:
+    """Microseconds that the model takes for one row, as the service calls it."""
+    (artifact,) = (installed.settings.home / "cache" / "models").iterdir()
+    scorer = Scorer.from_bytes(artifact.read_bytes())
+    row = [list(scorer.golden_rows[0])]
+    return [timeit.timeit(lambda: scorer.examine(row), number=MODEL_CALLS) / MODEL_CALLS * 1e6 for _ in range(repeats)]
 
 
 def stage_means(metrics: str) -> dict[str, float]:
@@ -306,7 +329,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--users", type=int, default=0)
+    profile = parser.add_mutually_exclusive_group()
+    profile.add_argument("--users", type=int, default=0)
+    profile.add_argument("--redis", action="store_true")
     parser.add_argument("--soak", type=float, default=0.0, help="seconds of mixed load, in place of all else")
     parser.add_argument("--empty", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -317,22 +342,21 @@ def main() -> None:
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="streamflow-bench-")))
         settings = Settings(home=home, api_port=free_port())
+        if arguments.redis:
+            url = stack.enter_context(redis_server(home))
+            settings = settings.model_copy(update={"online_store": "redis", "redis_url": url})
         database = stack.enter_context(postgres(settings))
         installed = pipeline.Platform(settings, database)
         users = prepared(installed)
         if arguments.users:
             users = add_users(installed, arguments.users)
-        environment = {
-            "STREAMFLOW_HOME": str(home),
-            "STREAMFLOW_DATABASE_URL": database.url,
-            "STREAMFLOW_API_PORT": str(settings.api_port),
-            "BENCHMARK_USER": users[0],
-        }
+        served = settings.model_copy(update={"database_url": database.url})
+        environment = {**served.environment(), "BENCHMARK_USER": users[0]}
         starts = [started(settings, environment) for _ in range(arguments.repeats)]
         ports = {"empty": free_port(), "ours": settings.api_port}
-        command = ["-m", "benchmarks.serving", "--empty", str(ports["empty"])]
+        command = [sys.executable, "-m", "benchmarks.serving", "--empty", str(ports["empty"])]
         stack.enter_context(process(command, ports["empty"], {}))
-        server = stack.enter_context(process(["-m", "serving"], ports["ours"], environment))
+        server = stack.enter_context(process(SERVICE, ports["ours"], environment))
         with httpx.Client(base_url=f"http://127.0.0.1:{ports['ours']}") as client:
             while client.get("/ready").status_code != 200:
                 time.sleep(0.05)
@@ -344,6 +368,7 @@ def main() -> None:
             stages = stage_means(client.get("/metrics").text)
         report = {
             "users": len(users),
+            "online store": settings.online_store,
             "repeats": arguments.repeats,
             "seconds of each load": arguments.seconds,
             "machine": {
@@ -355,6 +380,7 @@ def main() -> None:
             "start to first prediction": {key: spread([one[key] for one in starts]) for key in starts[0]},
             "mean milliseconds of a stage, over all loads": stages,
             "MiB after all loads": round(server.memory_info().rss / 2**20, 1),
+            "microseconds of the model call for one row": spread(model_call(installed, arguments.repeats)),
             **{
                 part: {key: spread([one[part][key] for one in passes]) for key in passes[0][part]} for part in passes[0]
             },

@@ -21,6 +21,7 @@ from serving.problems import respond
 from serving.production import ProductionModel
 from serving.request_log import RequestLog
 from serving.routes import MAX_BODY, ROUTES, JsonRequest, Service
+from serving.shortcut import Shortcut
 from streamflow.contract import CONTRACT, Contract
 from streamflow.errors import ConfigurationError
 from streamflow.settings import Settings
@@ -72,7 +73,7 @@ def create_app(
         openapi_config=openapi_config(with_keys=keys is not None),
         logging_config=None,
     )
-    front = Front(app.asgi_handler, keys, metrics, request_log, settings.max_in_flight)
+    front = Front(Shortcut(app.asgi_handler, service), keys, metrics, request_log, settings.max_in_flight)
     metrics.follow(metrics.in_flight, lambda: front.in_flight)
     metrics.follow(metrics.queue_depth, lambda: predictor.waiting)
     metrics.follow_model(production)

@@ -1,4 +1,4 @@
-"""The one layer before the framework: request ids, API keys, load shedding, counting, the request log.
+"""The layer before all answers: request ids, API keys, load shedding, counting, the request log.
 
 Plain ASGI, once for all routes, because middleware of the framework costs more than all of this.
 """

@@ -48,26 +48,23 @@ class QueryRefused(WarehouseUnavailable):
 
 
 class Postgres:
-    """A pool of connections that read, open as long as its context."""
+    """Some connections that read, open as long as its context.
+
+    Not asyncpg's pool, which takes as much processor time as a lookup: nothing needs to be reset here, nor to expire.
+    """
 
     def __init__(self, url: str) -> None:
         self._address = Database(url, url).libpq(statement_timeout=f"{QUERY_S * 1000:.0f}", **BY_INDEX)
-        self._pool: asyncpg.Pool[asyncpg.Record]
+        self._places = asyncio.Semaphore(CONNECTIONS)
+        self._idle: list[Any] = []
 
     async def __aenter__(self) -> Self:
         """Get ready to connect, which the first query does; a server that is away is no error here."""
-        self._pool = await asyncpg.create_pool(
-            self._address,
-            min_size=0,
-            max_size=CONNECTIONS,
-            max_inactive_connection_lifetime=0,
-            timeout=WAIT_S,
-            reset=_leave_as_it_is,
-        )
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._pool.terminate()
+        while self._idle:
+            self._idle.pop().terminate()
 
     async def fetch(self, query: str, *parameters: object) -> Sequence[Row]:
         """All rows of a prepared query that only reads, asked again if its connection turns out to be lost already.
@@ -93,24 +90,38 @@ class Postgres:
                 if not connection.is_closed() or time.monotonic() >= deadline:
                     raise
             finally:
-                await self._pool.release(connection)
+                self._release(connection)
 
     async def _connection(self) -> Any:
-        try:
-            return await self._pool.acquire(timeout=WAIT_S)
-        except asyncpg.PostgresError as failure:
-            raise asyncpg.InterfaceError(f"no connection: {failure}") from failure
+        async with asyncio.timeout(WAIT_S):
+            await self._places.acquire()
+            try:
+                while self._idle:
+                    connection = self._idle.pop()
+                    if not connection.is_closed():
+                        return connection
+                return await asyncpg.connect(self._address)
+            except BaseException as failure:
+                self._places.release()
+                if isinstance(failure, asyncpg.PostgresError):
+                    raise asyncpg.InterfaceError(f"no connection: {failure}") from failure
+                raise
+
+    def _release(self, connection: Any) -> None:
+        self._places.release()
+        if not connection.is_closed():
+            self._idle.append(connection)
 
 
 async def _fetch(connection: Any, query: str, parameters: tuple[object, ...]) -> Sequence[Row]:
-    """Cut the connection under a query that hangs: to cancel it politely, asyncpg would wait for the server."""
+    """Cut the connection under a query that hangs or is given up; to cancel it, asyncpg would wait for the server."""
     watchdog = asyncio.get_running_loop().call_later(SILENCE_S, connection.terminate)
     try:
         rows: Sequence[Row] = await connection.fetch(query, *parameters)
+    except asyncio.CancelledError:
+        connection.terminate()
+        raise
+    else:
         return rows
     finally:
         watchdog.cancel()
-
-
-async def _leave_as_it_is(_: Any) -> None:
-    """Nothing to reset: no query here changes its session."""

@@ -131,8 +131,8 @@ def respond(request: Request[Any, Any, Any], failure: Exception) -> Response[Pro
     return Response(body, status_code=kind.status, media_type=MEDIA_TYPE, headers=_headers(failure, kind))
 
 
-async def refuse(scope: Scope, send: Send, failure: StreamFlowError) -> None:
-    """Answer a request with problem details before it reaches the framework."""
+async def refuse(scope: Scope, send: Send, failure: Exception) -> None:
+    """Answer a request that does not reach the framework with problem details."""
     scope["state"]["failure"] = failure
     kind = kind_of(failure)
     body = msgspec.json.encode(problem(failure, request_id_of(scope)))

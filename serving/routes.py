@@ -12,6 +12,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
 from litestar.params import JSONBody, Parameter, SkipValidation
 from litestar.response.base import ASGIResponse
+from litestar.types import Scope
 from msgspec import UNSET
 
 from serving.auth import Unauthorized
@@ -68,16 +69,26 @@ class Service:
 TheService = NamedDependency[SkipValidation[Service]]
 
 
+def body_deadline() -> asyncio.Timeout:
+    """Within it a body must have arrived, else TimeoutError."""
+    return asyncio.timeout(BODY_S)
+
+
+def body_too_late() -> ClientException:
+    """The refusal of a request whose body did not."""
+    return ClientException(f"the body did not arrive within {BODY_S:g} seconds")
+
+
 class JsonRequest(Request[Any, Any, Any]):
     """A request whose body is JSON in UTF-8, not compressed, or refused."""
 
     async def body(self) -> bytes:
         """The bytes of the body; raises a ClientException with status 400 if there are none."""
         try:
-            async with asyncio.timeout(BODY_S):
+            async with body_deadline():
                 body = await super().body()
         except TimeoutError:
-            raise ClientException(f"the body did not arrive within {BODY_S:g} seconds") from None
+            raise body_too_late() from None
         except InternalServerException:
             raise ClientException("the caller went away before the end of the body") from None
         if body:
@@ -112,13 +123,18 @@ class JsonRequest(Request[Any, Any, Any]):
 )
 async def predict(data: JSONBody[PredictRequest], request: JsonRequest, service: TheService) -> ASGIResponse:
     """Score one customer with the Production model and the features of the feature store."""
-    scored = await service.predictor.predict(data.user_id)
-    request_id = request_id_of(request.scope)
+    return ASGIResponse(body=await predicted(data, request.scope, service), media_type=MediaType.JSON)
+
+
+async def predicted(asked: PredictRequest, scope: Scope, service: Service) -> bytes:
+    """Score one customer, log that and return the answer as JSON."""
+    scored = await service.predictor.predict(asked.user_id)
+    request_id = request_id_of(scope)
     answer = _prediction(scored, request_id)
-    if data.explain is not UNSET:
+    if asked.explain is not UNSET:
         answer.explanation = _explanation(await service.predictor.explain(scored))
-    service.predictions.record(logged(scored, request_id, request.scope["state"]["caller_request_id"]))
-    return ASGIResponse(body=_encode(answer), media_type=MediaType.JSON)
+    service.predictions.record(logged(scored, request_id, scope["state"]["caller_request_id"]))
+    return _encode(answer)
 
 
 @post(

@@ -34,6 +34,16 @@ class ServerConfig(uvicorn.Config):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 
 
+class Workers(Multiprocess):
+    """uvicorn's worker processes."""
+
+    def terminate_all(self) -> None:
+        """Let the port go too, or callers would be connected, and wait for nobody, while the workers drain."""
+        for listening in self.sockets:
+            listening.close()
+        super().terminate_all()
+
+
 def serve(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT, then finish the requests under way; returns the exit code.
 
@@ -60,6 +70,7 @@ def _config(app: Litestar | str, settings: Settings, **options: Any) -> ServerCo
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=DRAIN_S,
         **options,
     )
@@ -75,7 +86,7 @@ def _serve_by_workers(settings: Settings, folder: Path) -> int:
     )
     sockets = [config.bind_socket()]
     empty_folder(folder)
-    workers = Multiprocess(config, sockets)
+    workers = Workers(config, sockets)
     workers.run()
     return 1 if any(process.exitcode == STARTUP_FAILURE for process in workers.processes) else 0
 

@@ -26,6 +26,9 @@ _NEED_BOTH = ("auc", "average_precision", "logloss")
 _NEED_CHURNED = ("recall", "f1")
 _COVERED = (2.5, 97.5)
 _CELLS = 2**18
+MANY = 2**16
+"""More users than this are drawn in groups of like probability; see `drawn`."""
+_GROUPS = 2**10
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,40 @@ def resampled(
         yield tuple(
             Tally(levels, *(_count(level_of[users], len(levels)) for users in drawn)) for levels, level_of in ranked
         )
+
+
+def drawn(
+    labels: Labels, probabilities: Probabilities, threshold: float, rng: np.random.Generator, draws: int
+) -> Iterator[Tally]:
+    """As `resampled` for one model; of more than ``MANY`` users, in the time that a thousand take.
+
+    Those are put into some ``_GROUPS`` groups of neighbouring probabilities, on one side of the threshold and in one
+    bin of ECE each, and stand at their group's mean. How many a draw has of each group is multinomial, which is what
+    drawing with replacement means; only what tells users of a group apart is lost, a thousandth of the pairs of AUC.
+    """
+    if len(labels) <= MANY:
+        yield from (tally for (tally,) in resampled(labels, [probabilities], rng, draws))
+        return
+    grouped = _grouped(observed(labels, probabilities), threshold)
+    for size in chunks(draws, len(grouped.levels)):
+        churned, stayed = (
+            rng.multinomial(counts.sum(), counts / max(counts.sum(), 1), size)
+            for counts in (grouped.churned[0], grouped.stayed[0])
+        )
+        yield Tally(grouped.levels, churned, stayed)
+
+
+def _grouped(tally: Tally, threshold: float) -> Tally:
+    """The users of one draw in groups, each at its mean probability."""
+    users = tally.churned[0] + tally.stayed[0]
+    place_of = (users.cumsum() - users) * _GROUPS // users.sum()
+    parts = (place_of, bins_of(tally.levels), decide(tally.levels, threshold))
+    starts = np.flatnonzero(np.any([np.diff(part.astype(np.int64), prepend=-1) for part in parts], axis=0))
+    churned, stayed = (np.add.reduceat(counts[0], starts)[np.newaxis] for counts in (tally.churned, tally.stayed))
+    means = np.add.reduceat(tally.levels * users, starts) / (churned + stayed)[0]
+    # Rounding must not carry a group over the threshold or into another bin.
+    means = np.clip(means, tally.levels[starts], tally.levels[np.append(starts[1:], len(users)) - 1])
+    return Tally(means, churned, stayed)
 
 
 def _with_replacement(rng: np.random.Generator, draws: int, users: int) -> NDArray[np.int64]:

@@ -20,13 +20,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from streamflow.contract import CONTRACT, USER_ID, Column, Contract
+from streamflow.contract import CONTRACT, MONTH, USER_ID, Column, Contract
 from streamflow.errors import ConfigurationError, TrainingRefused
 from streamflow.months import Month
 from streamflow.warehouse import MEANINGS, MonthWrite
 
 EVENT_TIMESTAMP = "event_timestamp"
 HOLDOUT_FRACTION = 0.25
+WEIGHT = "sample_weight"
 _SPLIT_SALT = b"streamflow-split"
 _FACTS = b"streamflow"
 
@@ -56,6 +57,28 @@ def split(user_ids: Sequence[str]) -> NDArray[np.bool_]:
 def on_both_sides(training: Sequence[str], holdout: Sequence[str]) -> list[str]:
     """The users, sorted, among both the users to learn from and the held-out ones; a sound split has none."""
     return sorted(set(training) & set(holdout))
+
+
+def in_order(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows to learn from in the one order that results depend on: by user_id, then by month, if they are of several.
+
+    Rows of several months have a column ``month``, YYYY-MM, and where months weigh differently ``sample_weight``; rows
+    of one month have neither.
+    """
+    return rows.sort_values([USER_ID, MONTH] if MONTH in rows else USER_ID, ignore_index=True)
+
+
+def of_newest_month(rows: pd.DataFrame) -> NDArray[np.bool_]:
+    """Whether each of the rows is of the newest month among them."""
+    if MONTH not in rows:
+        return np.ones(len(rows), dtype=np.bool_)
+    newest: NDArray[np.bool_] = (rows[MONTH] == rows[MONTH].max()).to_numpy(dtype=np.bool_)
+    return newest
+
+
+def weights(rows: pd.DataFrame) -> NDArray[np.float64] | None:
+    """The weight of each row; None where all weigh the same."""
+    return rows[WEIGHT].to_numpy(dtype=np.float64) if WEIGHT in rows else None
 
 
 class _Facts(msgspec.Struct, frozen=True):

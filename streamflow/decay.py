@@ -25,6 +25,7 @@ CHANCE = 0.5
 FEWEST_IN_A_SLIDE = 4
 LARGEST_WEIGHT = 20.0
 LEAST_EFFECTIVE_SHARE = 0.1
+LEAST_COVERED = 0.5
 DOMAIN_FOLDS = 5
 
 _NORMAL = NormalDist()
@@ -89,8 +90,9 @@ class DropExplained:
 
     ``feature_drift`` is what the other distribution of features costs by itself, ``concept_drift`` what is left: the
     same features mean something else. ``effective_users`` is how many equally weighted users the reweighted ones are
-    worth, ``clipped`` how many weights were cut, ``domain_auc`` how well features tell the months apart (0.5: not at
-    all). Where the parts are not ``reliable``, ``reason`` says why.
+    worth, ``covered`` the share of the later month's users that they stand for (a little above 1 by error), ``clipped``
+    how many weights were cut, ``domain_auc`` how well features tell the months apart (0.5: not at all). Where the parts
+    are not ``reliable``, ``reason`` says why.
     """
 
     reference: str
@@ -105,6 +107,7 @@ class DropExplained:
     concept_drift: Interval
     domain_auc: float
     effective_users: float
+    covered: float
     clipped: int
     reliable: bool
     reason: str
@@ -354,10 +357,11 @@ def explain_drop(reference: Side, now: Side, service: FeatureService, *, seed: i
     The users of ``reference`` are weighted so that their features are distributed as those of ``now`` (Shimodaira
     2000); what their AUC, with their own labels, falls by is what feature drift alone costs, and the rest is concept
     drift (the decomposition of Cai, Namkoong and Yadlowsky 2023, without their common distribution). The weight is the
-    odds of being of ``now``, by a logistic regression on the features of ``service`` that has not seen the user, at
-    most ``LARGEST_WEIGHT``. What the model predicts from beyond ``service`` counts as concept; so does what a linear
-    classifier cannot tell apart. Intervals of 95 % are DeLong's (1988) with the weights taken as given, and know that
-    users are in both months. Raises TrainingRefused when the labels of either side are all the same.
+    odds of being of ``now``, at most ``LARGEST_WEIGHT``, by a logistic regression on the features of ``service`` and
+    their squares that has not seen the user. Drift of what is not in ``service`` counts as concept drift, and so does
+    what such a classifier cannot see, as features that depend on each other in another way. Intervals of 95 % are
+    DeLong's (1988) with the weights taken as given, and know that users are in both months. Raises TrainingRefused when
+    the labels of either side are all the same.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -374,8 +378,8 @@ def explain_drop(reference: Side, now: Side, service: FeatureService, *, seed: i
     reweighted = _ranked(reference, weights)
     after = _ranked(now, np.ones(len(now.labels)))
     drop, feature_drift, concept_drift = then.minus(after), then.minus(reweighted), reweighted.minus(after)
-    share = effective / len(weights)
-    reliable = share >= LEAST_EFFECTIVE_SHARE
+    covered = float(weights.mean())
+    reliable = effective >= LEAST_EFFECTIVE_SHARE * len(weights) and covered >= LEAST_COVERED
     reason = (
         f"of the fall in AUC by {spread(drop)}, feature drift explains {spread(feature_drift)} and concept drift "
         f"{spread(concept_drift)}"
@@ -383,7 +387,8 @@ def explain_drop(reference: Side, now: Side, service: FeatureService, *, seed: i
     if not reliable:
         reason = (
             f"the features of {reference.month} and {now.month} hardly overlap: reweighted, {len(weights):,} users are "
-            f"worth {effective:,.0f}; what explains the fall in AUC by {spread(drop)} cannot be told"
+            f"worth {effective:,.0f} and stand for {100 * covered:.0f} % of the others; what explains the fall in AUC "
+            f"by {spread(drop)} cannot be told"
         )
     return DropExplained(
         reference=str(reference.month),
@@ -398,6 +403,7 @@ def explain_drop(reference: Side, now: Side, service: FeatureService, *, seed: i
         concept_drift=concept_drift,
         domain_auc=float(roc_auc_score(of_now, belongs)),
         effective_users=effective,
+        covered=covered,
         clipped=int((odds > LARGEST_WEIGHT).sum()),
         reliable=reliable,
         reason=reason,
@@ -409,6 +415,8 @@ def _probability_of_now(
 ) -> Probabilities:
     """How probable it is of each row, by its features, that it is of the later month; other users' rows tell."""
     from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline as in_a_row
+    from sklearn.preprocessing import FunctionTransformer
     from threadpoolctl import threadpool_limits
 
     from streamflow.training import make_pipeline
@@ -421,10 +429,15 @@ def _probability_of_now(
             learned, told = fold != one, fold == one
             if len(np.unique(of_now[learned])) < 2:
                 raise TrainingRefused(f"{len(rows)} users are too few to tell how features of two months differ")
-            domain = make_pipeline("logistic_regression", service, LogisticRegression(max_iter=1000))
+            classifier = in_a_row(FunctionTransformer(_with_squares), LogisticRegression(max_iter=1000))
+            domain = make_pipeline("logistic_regression", service, classifier)
             domain.fit(features[learned], of_now[learned])
             belongs[told] = domain.predict_proba(features[told])[:, 1]
     return belongs
+
+
+def _with_squares(features: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.hstack([features, features**2])
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,10 +22,10 @@ _NUMBERS = ("integer", "float")
 def evidently_report(reference: pd.DataFrame, current: pd.DataFrame, columns: Sequence[Column], path: Path) -> None:
     """Write ``path``, one HTML file of some 4.5 MB that needs no network, whole or not at all.
 
-    The frames have one row per user and at least ``columns``; of more than ``MOST_USERS`` users as many are shown, drawn
-    with a fixed seed. Columns that are missing for all users of a month are left out: there is nothing to show. Each has
-    its PSI by Evidently's bins, called drift from ``MODERATE_PSI`` on. The ids of the page's parts are random, so the
-    same frames give the same page in other bytes.
+    The frames have one row per user and at least ``columns``; of more than ``MOST_USERS`` users as many are shown,
+    drawn with a fixed seed. Columns that are missing for all users of a month are left out: there is nothing to show.
+    Each has its PSI by Evidently's bins, called drift from ``MODERATE_PSI`` on. The ids of the page's parts are random,
+    so the same frames give the same page in other bytes.
     """
     # What Evidently's makers and their library of telemetry ask for; read when Evidently is imported.
     os.environ["DO_NOT_TRACK"] = os.environ["ITERATIVE_DO_NOT_TRACK"] = "true"

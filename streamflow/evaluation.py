@@ -138,7 +138,7 @@ def _intervals(
     points = _points(labels, probabilities, threshold)
     parts = [
         bootstrap.measure(tally, threshold, points)
-        for (tally,) in bootstrap.resampled(labels, [probabilities], rng, draws)
+        for tally in bootstrap.drawn(labels, probabilities, threshold, rng, draws)
     ]
     return {name: bootstrap.interval(value, (part[name] for part in parts)) for name, value in points.items()}
 

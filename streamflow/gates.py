@@ -19,7 +19,6 @@ NOT_TAKEN = "not a feature of this model"
 
 Share = Annotated[float, Meta(ge=0, le=1)]
 Difference = Annotated[float, Meta(ge=0, lt=1)]
-Window = Annotated[str, Meta(pattern=r"^(month|all|recent|last ([2-9]|[1-9][0-9]))$")]
 
 
 # --- evidence: what was measured of a version -----------------------------------------------------------------------
@@ -110,11 +109,7 @@ class DecayPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RetrainingPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What makes the platform train again, how often it may, and on which months; see policy.toml.
-
-    A window is ``month`` (the newest labelled month alone), ``last K`` (the newest K, from 2 on), ``all``, or
-    ``recent``: all, each month weighted by half for every ``half_life_months`` that it is older than the newest.
-    """
+    """What makes the platform train again, and how often it may; see policy.toml."""
 
     on_decay: bool
     on_slide: bool
@@ -123,12 +118,6 @@ class RetrainingPolicy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cooldown_months: Annotated[int, Meta(ge=0)]
     maximum_per_year: Annotated[int, Meta(ge=1)]
     give_up_after: Annotated[int, Meta(ge=1)]
-    windows: Annotated[tuple[Window, ...], Meta(min_length=1)]
-    half_life_months: Annotated[float, Meta(gt=0, le=1_000)]
-
-    def __post_init__(self) -> None:
-        if repeated := sorted({window for window in self.windows if self.windows.count(window) > 1}):
-            raise ValueError(f"`windows` has {', '.join(repeated)} more than once")
 
 
 class Policy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

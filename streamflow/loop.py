@@ -101,8 +101,8 @@ def whole_months(platform: Platform, months: Iterable[Month]) -> Iterator[Step]:
         unlabelled = [name for name in graph if not needs_labels(name, platform.contract)]
         yield Step(month, tuple(graph) if labelled else tuple(unlabelled), f"{month} was asked for")
         status = next(one for one in month_statuses(platform) if one.month == str(month))
-        if scoring := tuple(name for name in status.pending if name in WATCHED):
-            yield Step(month, scoring, f"{month} can be scored now")
+        if status.pending and set(status.pending) <= set(WATCHED):
+            yield Step(month, status.pending, f"{month} can be scored now")
 
 
 # --- the situation --------------------------------------------------------------------------------------------------

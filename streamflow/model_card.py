@@ -78,12 +78,15 @@ class Data:
 class Card:
     """What a model card tells.
 
+    ``windows`` has the columns of `windows.as_table`, and no row where there was no choice of months; ``window_reason``
+    says what was chosen of them, or why there was none.
     ``candidates`` has the columns of `selection.CandidateScore`, and no row for a model trained by name. ``train`` and
     ``validation`` have every metric of `evaluation.METRICS`. ``value`` is of the held-out users; the cost matrix is
     shown for a customer who pays ``fee`` (currency/month) under ``assumptions``. ``importances`` has the columns
     feature, importance, low and high, largest first. ``golden_rows`` counts the rows that the scorer tests itself by.
-    ``plots`` are PNG by the names of `PLOTS`. ``lineage`` has dataset (digest), files (each with revision and digest),
-    config_digest, code_version, seed, python and libraries.
+    ``plots`` are PNG by the names of `PLOTS`. ``lineage`` has month, dataset (digest), files (each with revision and
+    digest), the same again in earlier for each other month that could be learned from, and window (the months that
+    were), config_digest, code_version, seed, python and libraries.
     """
 
     month: Month
@@ -95,6 +98,8 @@ class Card:
     threshold_reason: str
     params: Mapping[str, Any]
     data: Data
+    windows: pd.DataFrame
+    window_reason: str
     candidates: pd.DataFrame
     reason: str
     train: Mapping[str, float]
@@ -148,6 +153,7 @@ def render(card: Card) -> str:
             images={name: _Image.of(png) for name, png in card.plots.items()},
             metrics=METRICS,
             not_taken=NOT_TAKEN,
+            windows=_records(card.windows),
             candidates=card.candidates.to_dict("records"),
             costs=cost_matrix(card.fee, card.assumptions),
             importances=[(feature, Interval(*fall)) for feature, *fall in card.importances[_IMPORTANCES].to_numpy()],
@@ -208,6 +214,14 @@ def _with(html: str, place: str, content: str, whose: str) -> str:
 def _lowest(segments: Iterable[Segment], metric: str) -> Segment | None:
     measured = [segment for segment in segments if metric in segment.metrics]
     return min(measured, key=lambda segment: segment.metrics[metric].value, default=None)
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table, with None for what is missing in a column of numbers."""
+    return [
+        {str(name): None if pd.isna(value) else value for name, value in row.items()}
+        for row in table.to_dict("records")
+    ]
 
 
 def _calibration(card: Card) -> str:

@@ -81,7 +81,7 @@ class Performance:
         """What was promised and achieved, month by month, as PNG."""
         from streamflow import plots
 
-        image: bytes = plots.performance_plot(self.history) if hasattr(plots, "performance_plot") else b""
+        image: bytes = plots.performance_plot(self.history)
         return image
 
 
@@ -197,7 +197,10 @@ def report_drift(platform: Platform, month: Month, now: datetime) -> Drift:
     written = _keep(platform, DRIFT_REPORT, month, version, content, sources, report.current_users, now)
     page = platform.settings.home / "reports" / str(month) / "drift.html"
     drift_html.evidently_report(reference, now_there, contract.features, page)
-    images = {"Drift": plots.drift_plot(report)} if hasattr(plots, "drift_plot") else {}
+    images = {
+        "Drift": plots.drift_plot(report),
+        "Features that drift": plots.drifted_features_plot(report, reference, now_there),
+    }
     return Drift(written, content, images, page)
 
 
@@ -257,7 +260,12 @@ def trained_months(version: Version) -> tuple[Month, ...]:
 
 def datasets_of(version: Version) -> dict[Month, str]:
     """The digest of the dataset of each month that a version learned from."""
-    return {Month.parse(month): digest for month, digest in version.lineage["datasets"].items()}
+    origins = (version.lineage, *version.lineage["earlier"])
+    return {
+        Month.parse(one["month"]): one["dataset"]["digest"]
+        for one in origins
+        if one["month"] in version.lineage["window"]
+    }
 
 
 def drift_history(database: Database) -> "list[DriftContent]":

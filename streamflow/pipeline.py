@@ -7,7 +7,7 @@ how each is done is in the module that it belongs to.
 import functools
 import hashlib
 import platform as machine
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import version as installed_version
@@ -37,7 +37,7 @@ from streamflow.promotion import (
 from streamflow.registry import SCORER_PATH, Registry, RunRecord
 from streamflow.settings import PROJECT_ROOT, Settings
 from streamflow.training_config import TrainingConfig
-from streamflow.warehouse import MonthWrite, month_write, record
+from streamflow.warehouse import MonthWrite, Source, month_write, month_writes, record
 
 if TYPE_CHECKING:
     import feast
@@ -126,7 +126,7 @@ class Registered:
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """Whether a version's dataset and predictions came out the same again, and what has changed since it was made.
+    """Whether a version's datasets and predictions came out the same again, and what has changed since it was made.
 
     ``largest_difference`` is between the probabilities of the registered scorer and of the one that was trained again.
     """
@@ -252,7 +252,8 @@ def train(
 ) -> Trained:
     """Choose, fit, evaluate, compile and log the month's model; ``estimator`` fits that one as it comes instead.
 
-    ``cause`` is what it is trained for, where nobody asked for it; see loop.py.
+    Earlier months that have a dataset may be learned from too; see `procedure.run`. ``cause`` is what the model is
+    trained for, where nobody asked for it; see loop.py.
 
     Raises ConfigurationError for an unknown estimator or service, TrainingRefused for data that must not be trained on.
     """
@@ -268,7 +269,10 @@ def train(
         service=service,
         contract=platform.contract,
     )
-    candidate = procedure.run(data, how, platform.contract)
+    datasets = [one for one in month_writes(platform.database) if one.relation == TRAINING_DATASET]
+    others = considered(month, how.earlier_months, datasets)
+    earlier = [_earlier_dataset(platform, one, month) for one in others]
+    candidate = procedure.run(data, how, platform.contract, earlier=earlier)
     measured = procedure.measure(candidate, platform.policy, platform.contract)
     model, not_validated = candidate.model, []
     after = before = None
@@ -280,15 +284,14 @@ def train(
     except UNUSABLE as failure:
         not_validated.append(str(failure))
     lineage = {
-        "month": str(month),
         "as_of": str(month.as_of),
         "cause": cause,
-        "window": [str(month)],
-        "datasets": {str(month): source.digest},
-        "label_month": str(month.shift(platform.contract.label_horizon_months)),
-        "dataset": {"digest": source.digest, "rows": source.rows},
-        "sources": dict(source.sources),
-        "files": source.facts["files"],
+        "window": [str(one) for one in candidate.window.window.months],
+        "window_name": candidate.window.window.name,
+        "window_reason": candidate.window.reason,
+        "windows": [score.document for score in candidate.window.scores],
+        **_origin(platform, source),
+        "earlier": [_origin(platform, one) for one in others],
         "estimator": model.estimator,
         "service": model.service.name,
         "calibrated": model.calibrated,
@@ -306,10 +309,11 @@ def train(
         source.revision,
         candidate.predictions_digest,
         source.rows,
-        {TRAINING_DATASET: source.as_source},
+        {TRAINING_DATASET: source.as_source, **earlier_sources(others)},
         now,
         {
             "run_id": run_id,
+            "earlier_months": how.earlier_months,
             "service": model.service.name,
             "threshold": model.threshold,
             "artifact_sha256": candidate.artifact_sha256,
@@ -319,6 +323,39 @@ def train(
     )
     forwards = (*([before[1]] if before else []), *([after] if after else []))
     return Trained(_recorded(platform, written), run_id, candidate, measured, forwards, tuple(not_validated), images)
+
+
+def considered(month: Month, earlier_months: int | None, datasets: Iterable[MonthWrite]) -> list[MonthWrite]:
+    """Of training datasets the earlier ones, oldest first, that a model of ``month`` may learn from beside its own.
+
+    They are those of so many calendar months before, or with None of all.
+    """
+    oldest = None if earlier_months is None else month.shift(-earlier_months)
+    found = [one for one in datasets if one.month < month and (oldest is None or one.month >= oldest)]
+    return sorted(found, key=lambda one: one.month)
+
+
+def earlier_sources(others: Iterable[MonthWrite]) -> dict[str, Source]:
+    """How a model that was chosen with training datasets of earlier months in view names them."""
+    return {f"{TRAINING_DATASET} {one.month}": one.as_source for one in others}
+
+
+def _earlier_dataset(platform: Platform, source: MonthWrite, month: Month) -> TrainingDataset:
+    try:
+        return training_dataset(platform, source.digest)
+    except TrainingRefused as failure:
+        raise TrainingRefused(f"{month} may learn from {source.month} too, but {failure} for {source.month}") from None
+
+
+def _origin(platform: Platform, source: MonthWrite) -> dict[str, Any]:
+    """What a training dataset was made from, enough to make it again."""
+    return {
+        "month": str(source.month),
+        "label_month": str(source.month.shift(platform.contract.label_horizon_months)),
+        "dataset": {"digest": source.digest, "rows": source.rows},
+        "sources": dict(source.sources),
+        "files": source.facts["files"],
+    }
 
 
 def training_dataset(platform: Platform, digest: str) -> TrainingDataset:
@@ -380,7 +417,7 @@ def _run_record(
     source: MonthWrite,
     lineage: Mapping[str, Any],
 ) -> tuple[RunRecord, Mapping[str, bytes]]:
-    from streamflow import evaluation, report, selection, training
+    from streamflow import evaluation, report, selection, training, windows
 
     data, model = candidate.data, candidate.model
     images = report.images(candidate, measured, platform.contract)
@@ -399,6 +436,7 @@ def _run_record(
             "feature_service": model.service.name,
             "as_of": lineage["as_of"],
             "window": " ".join(lineage["window"]),
+            "window_name": lineage["window_name"],
             "seed": lineage["seed"],
             "config_digest": lineage["config_digest"],
         },
@@ -426,6 +464,7 @@ def _run_record(
             "code_version": lineage["code_version"],
             "config_digest": lineage["config_digest"],
             "chosen_because": report.why_chosen(candidate),
+            "window_chosen_because": candidate.window.reason,
             "launched_by": platform.settings.actor,
         },
         images=images,
@@ -441,6 +480,7 @@ def _run_record(
                 data.holdout_rows, candidate.validation, model.threshold
             ),
             **({"candidates.csv": selection.as_table(candidate.selection)} if candidate.selection else {}),
+            **({"windows.csv": windows.as_table(candidate.window)} if candidate.window.scores else {}),
         },
         pages={MODEL_CARD: report.card(candidate, measured, after, source, lineage, images, platform.contract)},
     )
@@ -481,7 +521,7 @@ def _new_version(platform: Platform, model: MonthWrite, now: datetime) -> Versio
     facts = model.facts
     evidence = _completed_evidence(platform, facts)
     dataset_digest = model.sources[TRAINING_DATASET]["digest"]
-    auc = evidence.metrics["auc"]
+    auc, trained_on = evidence.metrics["auc"], " ".join(facts["lineage"]["window"])
     number = platform.registry.register(
         facts["run_id"],
         tags={
@@ -497,7 +537,7 @@ def _new_version(platform: Platform, model: MonthWrite, now: datetime) -> Versio
             **{name: f"{one.value:.4f} ({one.low:.4f} to {one.high:.4f})" for name, one in evidence.metrics.items()},
         },
         description=(
-            f"{facts['lineage']['estimator']} on {facts['service']}, trained on {model.month}: AUC {auc.value:.3f} "
+            f"{facts['lineage']['estimator']} on {facts['service']}, trained on {trained_on}: AUC {auc.value:.3f} "
             f"({auc.low:.3f} to {auc.high:.3f}) on {evidence.users:,} held-out users"
         ),
     )
@@ -629,7 +669,7 @@ def remeasure(platform: Platform, version: Version, threshold: float) -> Evidenc
 
 
 def rebuild(platform: Platform, number: int) -> Rebuilt:
-    """Make a version's dataset anew from the archived files, train again, and compare both with the record.
+    """Make a version's datasets anew from the archived files, train again, and compare both with the record.
 
     Works on what the version was made from, and by the configuration of then, whatever has landed or changed since.
     Raises UnknownVersion, and ArchiveUnusable when the archive no longer has those bytes.
@@ -637,10 +677,10 @@ def rebuild(platform: Platform, number: int) -> Rebuilt:
     from streamflow import procedure
 
     version = platform.ledger.version(number)
-    data = _archived_dataset(platform, version.lineage)
-    candidate = procedure.run(
-        data, procedure.Procedure.of_document(version.lineage, platform.contract), platform.contract
-    )
+    how = procedure.Procedure.of_document(version.lineage, platform.contract)
+    data, *earlier = (_archived_dataset(platform, one) for one in (version.lineage, *version.lineage["earlier"]))
+    candidate = procedure.run(data, how, platform.contract, earlier=earlier)
+    recorded = [version.dataset_digest, *(one["dataset"]["digest"] for one in version.lineage["earlier"])]
     registered = procedure.score(scorer_of(platform, version), data.frame)
     then, libraries_then = version.lineage["code_version"], version.lineage["libraries"]
     changes = (
@@ -649,20 +689,20 @@ def rebuild(platform: Platform, number: int) -> Rebuilt:
     )
     return Rebuilt(
         number,
-        data.digest == version.dataset_digest,
+        [one.digest for one in (data, *earlier)] == recorded,
         candidate.predictions_digest == version.predictions_digest,
         float(abs(registered - candidate.probabilities).max()),
         {name: f"{then} then, {now} now" for name, then, now in changes if then != now},
     )
 
 
-def _archived_dataset(platform: Platform, lineage: Mapping[str, Any]) -> TrainingDataset:
-    contract, month, label_month = platform.contract, Month.parse(lineage["month"]), Month.parse(lineage["label_month"])
+def _archived_dataset(platform: Platform, origin: Mapping[str, Any]) -> TrainingDataset:
+    contract, month, label_month = platform.contract, Month.parse(origin["month"]), Month.parse(origin["label_month"])
     frames = {
         name: platform.landing.read_archived(
             label_month if name == contract.label_table.name else month, name, source["digest"]
         ).to_pandas()
-        for name, source in lineage["files"].items()
+        for name, source in origin["files"].items()
     }
     labels = frames[contract.label_table.name]
     joined = labels[[USER_ID]].assign(**{dataset.EVENT_TIMESTAMP: month.event_time})

@@ -1,12 +1,13 @@
 """What a person looks at of a model: each plot a function of arrays and of what was measured, to the bytes of a PNG.
 
 Drawing belongs here, and nothing is measured here: curves and bars are what the labels and probabilities are, intervals
-and errors come from `evaluation.py` and amounts from `value.py`. The same input gives the same bytes.
+and errors come from `evaluation.py`, amounts from `value.py` and drift from `drift.py`. The same input gives the same
+bytes.
 """
 
 from collections.abc import Iterable, Sequence
 from io import BytesIO
-from itertools import groupby
+from itertools import groupby, pairwise
 from textwrap import wrap
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from streamflow.decay import CHANCE, PerformanceReport
+from streamflow.drift import ALPHA, LARGE_PSI, MODERATE_PSI, MOST_LEVELS, NEGLIGIBLE_PSI, DriftReport, FeatureDrift
 from streamflow.evaluation import Bin, Capture, Interval, Segment, lift_curve
 from streamflow.scoring import decide
 
@@ -31,6 +34,9 @@ _TITLE_SIZE, _SUBTITLE_SIZE, _LABEL_SIZE, _SMALL = 12.5, 9.2, 9.5, 8.5
 _TITLE_CHARACTERS, _SUBTITLE_CHARACTERS = 48, 76
 _COLOURS = 64
 _SCORE_BINS = 40
+_GREATEST_PSI_SHOWN = 0.4
+_MOST_PANELS, _PANEL_BINS, _PANEL_HEIGHT, _PANEL_GAP = 6, 30, 0.95, 0.77
+_FEW_MONTHS, _MONTHS_NAMED = 6, 6
 _INTERVALS = "Intervals are of 95\N{NO-BREAK SPACE}%"
 _BACKED = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
 
@@ -324,6 +330,166 @@ def value_plot(thresholds: Floats, values: Floats, *, threshold: float, value: f
     axes.yaxis.set_major_formatter(lambda tick, _: amount(tick))
     axes.set_xlabel("Threshold (probability from which on a customer is contacted)")
     axes.set_ylabel("Realized value (currency of the fee)")
+    return _png(figure)
+
+
+def drift_plot(report: DriftReport) -> bytes:
+    """The PSI of each feature and of the scores, greatest first, with the bounds of its size, and corrected p."""
+    rows = sorted((*report.features, report.score), key=lambda one: -one.psi)
+    subtitle = (
+        f"{report.current_users:,} users against {report.reference_users:,} of the month that Production learned from. "
+        f"Orange: significant, a p of at most {ALPHA:g} after correction for all rows."
+    )
+    names = [one.name if one is not report.score else "score" for one in rows]
+    figure, top = _figure(_height(len(rows), 0.225) + 0.15, _drift_title(report), subtitle)
+    axes = _axes(figure, top - 0.2, left=_margin(names), right=0.95)
+    axes.set_xscale("function", functions=(np.sqrt, np.square))
+    axes.set_xlim(0, _GREATEST_PSI_SHOWN)
+    colours = [_CONTRAST if one.significant else _MUTED for one in rows]
+    axes.barh(np.arange(len(rows)), [one.psi for one in rows], color=colours, height=0.62)
+    _rows(axes, names)
+    beside = {"transform": axes.get_yaxis_transform(), "fontsize": _SMALL, "va": "center"}
+    for position, (one, colour) in enumerate(zip(rows, colours, strict=True)):
+        ink = colour if one.significant else _TEXT
+        axes.text(1.06, position, _p(one), color=ink, **beside)
+        if one.psi >= MODERATE_PSI:
+            end = min(one.psi, _GREATEST_PSI_SHOWN), position
+            style = {"color": "white", "fontsize": _SMALL, "ha": "right", "va": "center"}
+            axes.annotate(f"{one.psi:.3f}", end, (-4, 0), textcoords="offset points", **style)
+        elif one.psi:
+            style = {"color": ink, "fontsize": _SMALL, "va": "center", "bbox": _BACKED}
+            axes.annotate(f"{one.psi:.3f}", (one.psi, position), (4, 0), textcoords="offset points", **style)
+    above = {"fontsize": _SMALL, "color": _TEXT, "va": "bottom"}
+    axes.text(1.06, 1.01, "p", fontweight="bold", transform=axes.transAxes, **above)
+    edges = (NEGLIGIBLE_PSI, MODERATE_PSI, LARGE_PSI, _GREATEST_PSI_SHOWN)
+    for (low, high), size in zip(pairwise(edges), ("small", "moderate", "large"), strict=True):
+        middle = (np.sqrt(low) + np.sqrt(high)) ** 2 / 4
+        axes.text(middle, 1.01, size, ha="center", transform=axes.get_xaxis_transform(), **above)
+        if size != "small":
+            axes.axvline(low, color=_INK, linestyle=_DASHED, linewidth=1, alpha=0.6, zorder=0.5)
+    axes.set_xticks(
+        [0, 0.01, 0.05, MODERATE_PSI, LARGE_PSI], ["0", "0.01", "0.05", f"{MODERATE_PSI:g}", f"{LARGE_PSI:g}"]
+    )
+    axes.set_xlabel("Population stability index (root scale)")
+    return _png(figure)
+
+
+def drifted_features_plot(report: DriftReport, reference: pd.DataFrame, current: pd.DataFrame) -> bytes:
+    """How the values of up to six features are distributed in both months, those of significant and great drift first.
+
+    The frames are those that were compared. Where fewer than two features drift, the nearest to it are shown too.
+    """
+    ranked = sorted(report.features, key=lambda one: (not one.significant, -one.psi))
+    shown = ranked[: max(2, min(len(report.significant), _MOST_PANELS))]
+    lines = -(-len(shown) // 2)
+    subtitle = (
+        f"Share of users. Grey: {report.reference_users:,} of the month that Production learned from; blue line: "
+        f"{report.current_users:,} now."
+    )
+    if len(report.significant) > len(shown):
+        subtitle += f" The {len(shown)} of greatest drift."
+    figure, top = _figure(0.95 + lines * (_PANEL_HEIGHT + _PANEL_GAP), _drift_title(report), subtitle)
+    width = (_WIDTH - 0.55 - _RIGHT - 0.6) / 2
+    for index, one in enumerate(shown):
+        line, column = divmod(index, 2)
+        upper = top - 0.3 - line * (_PANEL_HEIGHT + _PANEL_GAP)
+        left = 0.55 + column * (width + 0.6)
+        axes = _axes(figure, upper, bottom=upper - _PANEL_HEIGHT, left=left, right=_WIDTH - left - width)
+        _distributions(axes, reference[one.name], current[one.name])
+        over = {"xycoords": "axes fraction", "textcoords": "offset points", "parse_math": False}
+        axes.annotate(one.name, (0, 1), (0, 18), color=_INK, fontsize=_LABEL_SIZE, fontweight="bold", **over)
+        axes.annotate(_finding(one), (0, 1), (0, 6), color=_TEXT, fontsize=_SMALL, **over)
+    return _png(figure)
+
+
+def _drift_title(report: DriftReport) -> str:
+    found = [one for one in report.features if one.significant]
+    if not found:
+        return f"None of {len(report.features)} features drifts"
+    greatest = max(found, key=lambda one: one.psi)
+    verb = "drifts" if len(found) == 1 else "drift"
+    return f"{len(found)} of {len(report.features)} features {verb}: {greatest.size} at most"
+
+
+def _p(one: FeatureDrift) -> str:
+    p = one.adjusted_p_value
+    return "< 0.0001" if p < 0.0001 else f"{p:.4f}" if p < 0.01 else f"{p:.2f}"
+
+
+def _finding(one: FeatureDrift) -> str:
+    text = f"PSI {one.psi:.3f} ({one.size})"
+    if not one.significant:
+        return f"{text}, not significant"
+    if one.reference_missing or one.current_missing:
+        text += f", missing {_kept(amount(100 * one.reference_missing), percent(one.current_missing, 0))}"
+    return text
+
+
+def _distributions(axes: Any, reference: pd.Series, current: pd.Series) -> None:
+    """The shares of users by value, or by bin where there are many, of the values that are present."""
+    months = [month.dropna() for month in (reference, current)]
+    levels = sorted({value for month in months for value in month.unique().tolist()})
+    axes.yaxis.set_major_formatter(lambda value, _: percent(value, 0))
+    axes.locator_params(axis="y", nbins=4)
+    if len(levels) > MOST_LEVELS and not isinstance(levels[0], str):
+        numbers = [month.to_numpy(dtype=np.float64) for month in months]
+        both = np.concatenate(numbers)
+        low, high = np.quantile(both, 0.001), np.quantile(both, 0.999)
+        if low == high:
+            low, high = both.min(), both.max()
+        edges = np.linspace(low, high, _PANEL_BINS + 1)
+    else:
+        numbers = [np.searchsorted(levels, month.tolist()) if len(month) else np.zeros(0) for month in months]
+        edges = np.arange(max(1, len(levels)) + 1) - 0.5
+        every = max(1, len(levels) // 8)
+        labels = ["\n".join(wrap(str(level), 9)) for level in levels]
+        axes.set_xticks(np.arange(len(levels))[::every], labels[::every], parse_math=False)
+        axes.grid(visible=False, axis="x")
+    shares = [np.histogram(month, edges)[0] / max(len(month), 1) for month in numbers]
+    axes.stairs(shares[0], edges, fill=True, color=_MUTED, alpha=0.6)
+    axes.stairs(shares[1], edges, color=_ACCENT, linewidth=1.6)
+    axes.set_xlim(edges[0], edges[-1])
+
+
+def performance_plot(history: Sequence[PerformanceReport]) -> bytes:
+    """The AUC that each month's predictions achieved, against what their version promised and against chance.
+
+    ``history`` has at least one report, oldest first.
+    """
+    newest, many = history[-1], len(history) > _FEW_MONTHS
+    auc, promised = newest.held_out.metrics["auc"], newest.promised["auc"]
+    subtitle = (
+        f"{newest.held_out.users:,} held-out users. Band: promised, by version {newest.version} "
+        f"{with_interval(promised)}. Orange: worse than that, or no better than chance."
+    )
+    figure, top = _figure(5.2, f"{newest.month}: AUC {with_interval(auc)}", subtitle)
+    axes = _axes(figure, top, bottom=0.85)
+    at = np.arange(len(history))
+    promises = np.array([_ends(one.promised["auc"]) for one in history])
+    for position, (value, low, high) in enumerate(promises):
+        ends = position - 0.5, position + 0.5
+        axes.fill_between(ends, low, high, color=_ACCENT, alpha=0.12, linewidth=0)
+        axes.hlines(value, *ends, color=_ACCENT, linewidth=1.2)
+    axes.axhline(CHANCE, color=_MUTED, linestyle=_DASHED, linewidth=1.2)
+    beside = {"transform": axes.get_yaxis_transform(), "color": _TEXT, "fontsize": _SMALL}
+    axes.text(0.01, CHANCE - 0.006, "chance", va="top", **beside)
+    values, low, high = np.array([_ends(one.held_out.metrics["auc"]) for one in history]).T
+    colours = np.where([one.decayed for one in history], _CONTRAST, _INK)
+    axes.plot(at, values, color=_MUTED, linewidth=1, zorder=2)
+    axes.vlines(at, low, high, color=colours, linewidth=1.8, zorder=3)
+    axes.scatter(at, values, color=colours, s=38, edgecolor="white", zorder=4)
+    if not many:
+        for x, y, colour in zip(at, values, colours, strict=True):
+            place = {"textcoords": "offset points", "va": "center", "fontsize": _LABEL_SIZE, "bbox": _BACKED}
+            axes.annotate(f"{y:.3f}", (x, y), (8, 0), color=colour, zorder=5, **place)
+    lowest, highest = min(low.min(), promises[:, 1].min(), CHANCE), max(high.max(), promises[:, 2].max())
+    axes.set_ylim(max(0.0, np.floor(lowest * 20) / 20 - 0.03), min(1.0, np.ceil(highest * 20) / 20 + 0.01))
+    axes.set_xlim(-0.5, len(history) - 0.5)
+    shown = at[:: -(-len(history) // _MONTHS_NAMED)]
+    axes.set_xticks(shown, [f"{history[one].month}\nversion {history[one].version}" for one in shown])
+    axes.grid(visible=False, axis="x")
+    axes.set_xlabel("Month, and the version that made its predictions")
+    axes.set_ylabel("AUC")
     return _png(figure)
 
 

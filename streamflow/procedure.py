@@ -7,7 +7,7 @@ storing what comes out is pipeline.py's.
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from streamflow import evaluation, scoring, selection, training, value
+from streamflow import evaluation, scoring, selection, training, value, windows
 from streamflow.contract import CONTRACT, USER_ID, Column, Contract, FeatureService
 from streamflow.dataset import TrainingDataset, on_both_sides
 from streamflow.errors import ConfigurationError, TrainingRefused
@@ -37,10 +37,10 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Procedure:
-    """What is done with a dataset: choose among ``services`` and the configuration's estimators, then fit.
+    """What is done with a dataset: choose the window, then among ``services`` and the estimators, then fit.
 
-    With ``estimator`` nothing is chosen: it is fitted as it comes on the first of ``services``, not calibrated, with a
-    threshold of 0.5, for comparison with published figures.
+    With ``estimator`` nothing is chosen: it is fitted as it comes on the month alone and the first of ``services``, not
+    calibrated, with a threshold of 0.5, for comparison with published figures.
     """
 
     config: TrainingConfig
@@ -77,6 +77,17 @@ class Procedure:
             )
         return cls(config, allowed, estimator)
 
+    def windows(self, month: "Month", labelled: Iterable["Month"]) -> list[windows.Window]:
+        """The windows that a model of ``month`` is chosen among, where the months ``labelled`` have datasets."""
+        if self.estimator is not None:
+            return [windows.Window(windows.MONTH_ALONE, (month,))]
+        return windows.candidates(month, labelled, self.config.windows)
+
+    @property
+    def earlier_months(self) -> int | None:
+        """How many calendar months before its own a model may learn from; None for every one."""
+        return 0 if self.estimator is not None else windows.earlier_months(self.config.windows)
+
     @property
     def document(self) -> dict[str, Any]:
         """The procedure as plain data, enough to follow it again."""
@@ -97,10 +108,16 @@ class Procedure:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A fitted and compiled model: ``probabilities`` are the scorer's of every row, ``seconds`` those of each step."""
+    """A fitted and compiled model: ``probabilities`` are the scorer's of every row, ``seconds`` those of each step.
+
+    ``data`` is the newest month's, of which ``probabilities`` and everything measured are; ``earlier`` are the other
+    months that ``window`` was chosen among.
+    """
 
     data: TrainingDataset
+    earlier: tuple[TrainingDataset, ...]
     procedure: Procedure
+    window: windows.Choice
     selection: selection.Selection | None
     model: training.TrainedModel
     threshold_reason: str
@@ -163,22 +180,40 @@ class _Clock:
         self.seconds[step] = time.perf_counter() - started
 
 
-def run(data: TrainingDataset, procedure: Procedure, contract: Contract = CONTRACT) -> Candidate:
+def run(
+    data: TrainingDataset,
+    procedure: Procedure,
+    contract: Contract = CONTRACT,
+    *,
+    earlier: Sequence[TrainingDataset] = (),
+) -> Candidate:
     """Choose, fit, compile, and score every row of the dataset by the pipeline and by the compiled scorer.
+
+    The model is of the month of ``data``; datasets of ``earlier`` months may be learned from too, if that predicts the
+    users of this month better. Where it does not, the result is the same to the bit as without them.
 
     Raises TrainingRefused for data that must not be trained on, ConfigurationError for a configuration that cannot be
     followed on it.
     """
     config, clock, cores = procedure.config, _Clock(), os.cpu_count() or 1
-    rows = data.training_rows
-    if both := on_both_sides(rows[USER_ID].tolist(), data.holdout_rows[USER_ID].tolist()):
-        raise TrainingRefused(f"{len(both)} users of {data.month} are in training and hold-out, such as {both[0]}")
-    training.require_trainable(rows, data.label, config)
+    choices = procedure.windows(data.month, [one.month for one in earlier])
+    by_month = {one.month: one for one in (*earlier, data)}
+    of_months = {month: by_month[month].training_rows for window in choices for month in window.months}
+    held_out = data.holdout_rows[USER_ID].tolist()
+    for month, of_month in of_months.items():
+        if both := on_both_sides(of_month[USER_ID].tolist(), held_out):
+            raise TrainingRefused(
+                f"{len(both)} users to learn from in {month} are in the hold-out of {data.month}, such as {both[0]}"
+            )
+    training.require_trainable(of_months[data.month], data.label, config)
     if len(np.unique(data.labels[data.holdout])) < 2:
         raise TrainingRefused(
             f"the {data.holdout.sum()} held-out users of {data.month} do not have both values of {data.label}; "
             "more users are needed to measure a model"
         )
+    with clock.timed("windows"):
+        window = windows.choose(choices, of_months, data.label, procedure.services[-1], config, n_jobs=cores)
+    rows = windows.pool(window.window, of_months)
     chosen: selection.Selection | None = None
     with clock.timed("selection"):
         if procedure.estimator is None:
@@ -193,7 +228,20 @@ def run(data: TrainingDataset, procedure: Procedure, contract: Contract = CONTRA
     with clock.timed("parity"):
         probabilities = score(scorer, data.frame)
         parity = scoring.parity(model.probabilities(data.frame), probabilities, model.threshold)
-    return Candidate(data, procedure, chosen, model, reason, artifact, scorer, probabilities, parity, clock.seconds)
+    return Candidate(
+        data,
+        tuple(one for one in earlier if one.month in of_months),
+        procedure,
+        window,
+        chosen,
+        model,
+        reason,
+        artifact,
+        scorer,
+        probabilities,
+        parity,
+        clock.seconds,
+    )
 
 
 def _spec(

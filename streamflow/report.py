@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from streamflow import evaluation, model_card, plots, selection, value
+from streamflow import evaluation, model_card, plots, selection, value, windows
 from streamflow.contract import CONTRACT, Contract
 from streamflow.scoring import decide
 
@@ -88,6 +88,8 @@ def card(
                 held_out=evidence.users,
                 held_out_churned=evidence.churned,
             ),
+            windows=windows.as_table(candidate.window),
+            window_reason=candidate.window.reason,
             candidates=pd.DataFrame() if chosen is None else selection.as_table(chosen),
             reason=why_chosen(candidate),
             train=evidence.train_metrics,

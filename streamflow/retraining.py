@@ -13,7 +13,8 @@ from streamflow.gates import RetrainingPolicy
 from streamflow.months import Month
 
 Kind = Literal["no_model", "corrected_data", "decay", "slide", "drift"]
-Size = Literal["small", "moderate", "large"]
+Size = Literal["none", "small", "moderate", "large"]
+_SIZES: tuple[Size, ...] = ("none", "small", "moderate", "large")
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class Production:
 class Drift:
     """What the drift report of ``month`` found against the months that ``version`` learned from.
 
-    ``significant`` names the features whose distribution changed by more than noise; ``moderate`` and ``large`` those
-    that changed so much. ``score`` is how far the version's probabilities moved.
+    ``significant`` names the features whose distribution changed by more than noise, ``moderate`` those among them that
+    changed that much or more, ``large`` those among these that changed that much. ``score`` is how far the version's
+    probabilities moved, "none" if not significantly.
     """
 
     month: Month
@@ -196,17 +198,15 @@ def _performance(
 def _drift(drift: Drift | None, production: Production, policy: RetrainingPolicy) -> Iterator[tuple[_Cause, bool]]:
     if drift is None or drift.version != production.version:
         return
+    if not drift.significant and drift.score == "none":
+        return
     size: Size = "large" if drift.large else "moderate" if drift.moderate else "small"
     size = max(size, drift.score, key=_SIZES.index)
-    moved = [*(drift.large or drift.moderate or drift.significant), *(["the scores"] if drift.score != "small" else [])]
-    if not moved:
-        return
+    names = drift.large or drift.moderate or drift.significant
+    moved = [*names, *(["the scores"] if drift.score == size else [])]
     reason = f"{size} drift in {drift.month} of {', '.join(moved)}"
     wanted = policy.on_drift != "never" and _SIZES.index(size) >= _SIZES.index(policy.on_drift)
     yield _Cause("drift", f"drift:{drift.month}:version {drift.version}", reason), wanted
-
-
-_SIZES: tuple[Size, ...] = ("small", "moderate", "large")
 
 
 @dataclass(frozen=True)
@@ -235,16 +235,20 @@ def _obstacle(
             return _Obstacle(reason, alarms=decayed and past[-1].month != newest)
     recent = [one for one in past if 0 <= _between(one.month, newest) < 12]
     if len(recent) >= policy.maximum_per_year:
-        return _Obstacle(
-            f"it was done {len(recent)} times in twelve months, and retraining.maximum_per_year of the policy is "
+        reason = (
+            f"retrainings in twelve months: {len(recent)}, and retraining.maximum_per_year of the policy is "
             f"{policy.maximum_per_year}"
         )
+        return _Obstacle(reason)
+    if cause.kind == "corrected_data":
+        return None
     known = [one for one in past if one.helped is not None][-policy.give_up_after :]
     if len(known) == policy.give_up_after and not any(one.helped for one in known):
-        return _Obstacle(
-            f"the last {len(known)} times ({', '.join(str(one.month) for one in known)}) did not help; "
-            "see whether the data still tells who churns, then train by hand: streamflow run " + str(newest)
+        reason = (
+            f"what was trained for {', '.join(str(one.month) for one in known)} did not help; see whether the data "
+            f"still tells who churns, then train by hand: streamflow run {newest}"
         )
+        return _Obstacle(reason)
     return None
 
 

@@ -1,6 +1,6 @@
 """What the platform holds: the state of each month and what is in Production."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -10,7 +10,14 @@ from streamflow.features import is_published
 from streamflow.landing import MonthManifest
 from streamflow.monitoring import DRIFT_REPORT, PERFORMANCE_REPORT
 from streamflow.months import Month
-from streamflow.pipeline import CHURN_MODEL, REGISTERED_VERSION, TRAINING_DATASET, Platform
+from streamflow.pipeline import (
+    CHURN_MODEL,
+    REGISTERED_VERSION,
+    TRAINING_DATASET,
+    Platform,
+    considered,
+    earlier_sources,
+)
 from streamflow.promotion import Entry, Version, current, decision_in_force, in_force
 from streamflow.scores import CHURN_SCORES
 from streamflow.warehouse import MonthWrite, month_writes
@@ -24,7 +31,7 @@ State = Literal["landed", "incomplete", "stale", "unlabelled", "complete"]
 MEANINGS: Mapping[State, str] = {
     "landed": "files are in the landing zone, nothing is materialized",
     "incomplete": "materialization has not gone through",
-    "stale": "something was made from data that has been replaced since",
+    "stale": "something was made from data that has been replaced or added to since",
     "unlabelled": "features are online and scored; labels.csv has not landed, so nothing is judged or trained",
     "complete": "everything is materialized from what has landed",
 }
@@ -89,11 +96,13 @@ def month_status(
     manifest: MonthManifest,
     written: Mapping[str, MonthWrite],
     contract: Contract = CONTRACT,
+    earlier: Sequence[MonthWrite] = (),
     *,
     in_production: bool,
 ) -> MonthStatus:
-    """Hold what has landed against what was made of it; ``written`` is the month's writes by relation.
+    """Hold what has landed against what was made of it.
 
+    ``written`` is the month's writes by relation, ``earlier`` the training datasets of the months before it.
     ``in_production`` says whether there is a version to score with.
     """
     graph = relations(contract)
@@ -104,7 +113,7 @@ def month_status(
         *(() if CHURN_MODEL in written else TRAINED),
     }
     missing = tuple(name for name in graph if name not in written and name not in not_wanted)
-    stale = tuple(_stale(manifest, written, graph))
+    stale = tuple(_stale(manifest, written, graph, earlier))
     state: State = "complete" if labelled else "unlabelled"
     if stale:
         state = "stale"
@@ -128,7 +137,10 @@ def needs_labels(relation: str, contract: Contract = CONTRACT) -> bool:
 
 
 def _stale(
-    manifest: MonthManifest, written: Mapping[str, MonthWrite], graph: Mapping[str, tuple[str, ...]]
+    manifest: MonthManifest,
+    written: Mapping[str, MonthWrite],
+    graph: Mapping[str, tuple[str, ...]],
+    earlier: Sequence[MonthWrite],
 ) -> Iterable[str]:
     """The relations that were made from content that is no longer in force, directly or further up."""
     found: set[str] = set()
@@ -142,9 +154,15 @@ def _stale(
             source in found or (source in written and write.sources.get(source) != written[source].as_source)
             for source in sources
         )
-        if replaced or outdated:
+        if replaced or outdated or (name == CHURN_MODEL and _considered_others(write, earlier)):
             found.add(name)
             yield name
+
+
+def _considered_others(model: MonthWrite, earlier: Sequence[MonthWrite]) -> bool:
+    """Whether a model's window was chosen in view of other datasets of earlier months than it would be now."""
+    then = {name: source for name, source in model.sources.items() if name != TRAINING_DATASET}
+    return then != earlier_sources(considered(model.month, model.facts.get("earlier_months", 0), earlier))
 
 
 def production_status(entries: list[Entry], versions: Iterable[Version]) -> ProductionStatus | None:
@@ -165,7 +183,14 @@ def month_statuses(platform: Platform) -> list[MonthStatus]:
             written.setdefault(write.month, {})[write.relation] = write
     zone, contract = platform.landing, platform.contract
     in_production = current(platform.ledger.entries()) is not None
+    datasets = [writes[TRAINING_DATASET] for writes in written.values() if TRAINING_DATASET in writes]
     return [
-        month_status(zone.manifest(month), written.get(month, {}), contract, in_production=in_production)
+        month_status(
+            zone.manifest(month),
+            written.get(month, {}),
+            contract,
+            [one for one in datasets if one.month < month],
+            in_production=in_production,
+        )
         for month in zone.months()
     ]

@@ -45,16 +45,24 @@ class _DatasetRecord(msgspec.Struct, frozen=True):
     rows: int
 
 
-class _Lineage(msgspec.Struct, frozen=True):
-    """What the training recorded with a version; each field is a link, and none may be missing or empty."""
+class _Origin(msgspec.Struct, frozen=True):
+    """What the training recorded of a dataset; each field is a link, and none may be missing or empty."""
 
     month: str | None = None
-    as_of: str | None = None
-    window: tuple[str, ...] = ()
     label_month: str | None = None
     dataset: _DatasetRecord | None = None
     sources: dict[str, _Content] = {}
     files: dict[str, _Content] = {}
+
+
+class _Lineage(_Origin, frozen=True):
+    """What the training recorded with a version and its newest dataset; none may be missing, ``earlier`` be empty."""
+
+    as_of: str | None = None
+    window: tuple[str, ...] = ()
+    window_name: str | None = None
+    window_reason: str | None = None
+    earlier: tuple[_Origin, ...] | None = None
     estimator: str | None = None
     service: str | None = None
     calibrated: bool | None = None
@@ -92,6 +100,8 @@ class TracedTraining:
     calibrated: bool | None
     seed: int | None
     window: tuple[str, ...]
+    window_name: str | None
+    window_reason: str | None
     config_digest: str | None
     config: Mapping[str, Any]
     code_version: str | None
@@ -102,11 +112,12 @@ class TracedTraining:
 
 @dataclass(frozen=True)
 class TracedDataset:
-    """The training dataset and its file."""
+    """The training dataset of a month and its file."""
 
-    digest: str
+    month: str
+    digest: str | None
     rows: int | None
-    path: Path
+    path: Path | None
     problems: tuple[str, ...]
 
 
@@ -114,9 +125,11 @@ class TracedDataset:
 class TracedRelation:
     """A snapshot, or the labels, as the dataset was made from it; ``files`` names the tables that it was made from.
 
-    ``replaced_by`` is the revision that the warehouse holds now, where that is another content.
+    ``dataset`` is the month of the dataset. ``replaced_by`` is the revision that the warehouse holds now, where that is
+    another content.
     """
 
+    dataset: str
     relation: str
     month: str
     revision: int
@@ -127,8 +140,9 @@ class TracedRelation:
 
 @dataclass(frozen=True)
 class TracedFile:
-    """A landed file, its revision in the landing zone and its bytes in the archive."""
+    """A landed file, its revision in the landing zone and its bytes in the archive; ``dataset`` as above."""
 
+    dataset: str
     table: str
     file: str
     month: str
@@ -143,6 +157,7 @@ class TracedFile:
 class Trace:
     """Everything that a version came from. ``threshold`` is the one in force, ``decisions`` are the ledger's about it.
 
+    ``dataset`` is of the version's month; ``earlier`` are the datasets, oldest first, that its window was chosen among.
     ``broken`` has what is missing or altered anywhere, and what to do; it is empty when every link holds.
     """
 
@@ -159,6 +174,7 @@ class Trace:
     run: TracedRun
     training: TracedTraining
     dataset: TracedDataset
+    earlier: tuple[TracedDataset, ...]
     relations: tuple[TracedRelation, ...]
     files: tuple[TracedFile, ...]
     decisions: tuple[Entry, ...]
@@ -179,10 +195,13 @@ def trace_version(platform: Platform, number: int) -> Trace:
     elif registered.run_id != version.run_id:
         gaps.append(f"MLflow's version {number} is of run {registered.run_id}; the record says {version.run_id}")
     run, artifact = _run(platform, version), _artifact(platform, version)
-    training, data = _training(lineage), _dataset(platform, version, lineage)
-    files = tuple(_files(platform, version, lineage))
+    training = _training(lineage)
+    origins = (lineage, *(lineage.earlier or ()))
+    data, *earlier = (_dataset(platform, version, origin) for origin in origins)
+    files = tuple(file for origin in origins for file in _files(platform, version, origin))
     entries = platform.ledger.entries()
-    problems = [*run.problems, *artifact.problems, *training.problems, *data.problems]
+    problems = [*run.problems, *artifact.problems, *training.problems]
+    problems += [problem for one in (data, *earlier) for problem in one.problems]
     problems += [problem for file in files for problem in file.problems]
     return Trace(
         number,
@@ -198,7 +217,8 @@ def trace_version(platform: Platform, number: int) -> Trace:
         run,
         training,
         data,
-        tuple(_relations(platform, version, lineage)),
+        tuple(earlier),
+        tuple(relation for origin in origins for relation in _relations(platform, version, origin)),
         files,
         tuple(entry for entry in entries if entry.version == number),
         tuple(dict.fromkeys([*gaps, *problems])),
@@ -302,11 +322,15 @@ def _month(version: Version) -> Month:
     return Month(version.as_of.year, version.as_of.month)
 
 
-def _month_of(relation: str, version: Version, contract: Contract) -> Month:
+def _dataset_month(version: Version, origin: _Origin) -> Month:
+    return _month(version) if isinstance(origin, _Lineage) or not origin.month else Month.parse(origin.month)
+
+
+def _month_of(relation: str, version: Version, origin: _Origin, contract: Contract) -> Month:
+    month = _dataset_month(version, origin)
     if relation != contract.label_table.name:
-        return _month(version)
-    recorded = version.lineage.get("label_month")
-    return Month.parse(recorded) if recorded else _month(version).shift(contract.label_horizon_months)
+        return month
+    return Month.parse(origin.label_month) if origin.label_month else month.shift(contract.label_horizon_months)
 
 
 def _lineage(version: Version, contract: Contract) -> tuple[_Lineage, list[str]]:
@@ -316,17 +340,20 @@ def _lineage(version: Version, contract: Contract) -> tuple[_Lineage, list[str]]
         lineage = msgspec.convert(version.lineage, _Lineage)
     except msgspec.ValidationError as error:
         return _Lineage(), [f"{record} cannot be read: {error}; rebuild the version from the landed files"]
-    gaps = [f"{record} lacks {name}" for name in _Lineage.__struct_fields__ if _is_absent(getattr(lineage, name))]
+    may_be_empty = ("earlier",) if lineage.earlier == () else ()
+    gaps = [
+        f"{record} lacks {name}"
+        for name in _Lineage.__struct_fields__
+        if name not in may_be_empty and _is_absent(getattr(lineage, name))
+    ]
     services = [service for service in contract.services if service.name == version.service]
     made_from = {contract.label_table.name, *(view.snapshot for service in services for view in service.views)}
-    gaps += [
-        f"{record} does not say from which {name} its dataset was made"
-        for name in sorted(made_from - lineage.sources.keys())
-    ]
-    needed = {table for relation in lineage.sources for table in _files_of(relation, contract)}
-    gaps += [
-        f"{record} does not say from which {name}.csv it was made" for name in sorted(needed - lineage.files.keys())
-    ]
+    gaps += _gaps(record, "its dataset", lineage, made_from, contract)
+    for origin in lineage.earlier or ():
+        which = f"the dataset of {origin.month or 'an earlier month'}"
+        absent = [name for name in _Origin.__struct_fields__ if _is_absent(getattr(origin, name))]
+        gaps += [f"{record} lacks {name} of {which}" for name in absent]
+        gaps += _gaps(record, which, origin, made_from, contract)
     said = (
         ("month", lineage.month, str(_month(version))),
         ("as_of", lineage.as_of, str(version.as_of)),
@@ -339,6 +366,14 @@ def _lineage(version: Version, contract: Contract) -> tuple[_Lineage, list[str]]
         if one not in (None, other)
     ]
     return lineage, gaps
+
+
+def _gaps(record: str, which: str, origin: _Origin, made_from: set[str], contract: Contract) -> Iterator[str]:
+    for name in sorted(made_from - origin.sources.keys()):
+        yield f"{record} does not say from which {name} {which} was made"
+    needed = {table for relation in origin.sources for table in _files_of(relation, contract)}
+    for name in sorted(needed - origin.files.keys()):
+        yield f"{record} does not say from which {name}.csv {which} was made"
 
 
 def _is_absent(value: object) -> bool:
@@ -398,9 +433,16 @@ def _training(lineage: _Lineage) -> TracedTraining:
     )
 
 
-def _dataset(platform: Platform, version: Version, lineage: _Lineage) -> TracedDataset:
-    path = platform.datasets / f"{version.dataset_digest}.parquet"
-    rows = lineage.dataset.rows if lineage.dataset else None
+def _dataset(platform: Platform, version: Version, origin: _Origin) -> TracedDataset:
+    month, record = str(_dataset_month(version, origin)), origin.dataset
+    rows = record.rows if record else None
+    if isinstance(origin, _Lineage):
+        digest, which = version.dataset_digest, "the dataset"
+    elif record:
+        digest, which = record.digest, f"the dataset of {month}, one of those"
+    else:
+        return TracedDataset(month, None, None, None, ())
+    path = platform.datasets / f"{digest}.parquet"
     problems = []
     try:
         found = len(dataset.load(path, platform.contract).frame)
@@ -408,18 +450,19 @@ def _dataset(platform: Platform, version: Version, lineage: _Lineage) -> TracedD
             problems.append(f"{path} has {found} rows; the record says {rows}")
     except TrainingRefused:
         state = "damaged" if path.exists() else "gone"
-        problems.append(f"{path}, the dataset of version {version.version}, is {state}; {_remake(version)}")
-    return TracedDataset(version.dataset_digest, rows, path, tuple(problems))
+        problems.append(f"{path}, {which} of version {version.version}, is {state}; {_remake(version)}")
+    return TracedDataset(month, digest, rows, path, tuple(problems))
 
 
-def _relations(platform: Platform, version: Version, lineage: _Lineage) -> Iterator[TracedRelation]:
+def _relations(platform: Platform, version: Version, origin: _Origin) -> Iterator[TracedRelation]:
     held = {(write.relation, write.month): write for write in month_writes(platform.database)}
     contract = platform.contract
-    for relation in _in_order(lineage.sources, [*(table.snapshot for table in contract.snapshots), *_tables(contract)]):
-        source = lineage.sources[relation]
-        month = _month_of(relation, version, contract)
+    for relation in _in_order(origin.sources, [*(table.snapshot for table in contract.snapshots), *_tables(contract)]):
+        source = origin.sources[relation]
+        month = _month_of(relation, version, origin, contract)
         now = held.get((relation, month))
         yield TracedRelation(
+            str(_dataset_month(version, origin)),
             relation,
             str(month),
             source.revision,
@@ -438,10 +481,10 @@ def _in_order(names: Iterable[str], known: Sequence[str | None]) -> list[str]:
     return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
 
 
-def _files(platform: Platform, version: Version, lineage: _Lineage) -> Iterator[TracedFile]:
-    for table in _in_order(lineage.files, _tables(platform.contract)):
-        source = lineage.files[table]
-        month = _month_of(table, version, platform.contract)
+def _files(platform: Platform, version: Version, origin: _Origin) -> Iterator[TracedFile]:
+    for table in _in_order(origin.files, _tables(platform.contract)):
+        source = origin.files[table]
+        month = _month_of(table, version, origin, platform.contract)
         revision, problems = None, []
         try:
             revisions = platform.landing.manifest(month).tables.get(table, ())
@@ -460,6 +503,7 @@ def _files(platform: Platform, version: Version, lineage: _Lineage) -> Iterator[
         except ArchiveUnusable as error:
             problems.append(str(error))
         yield TracedFile(
+            str(_dataset_month(version, origin)),
             table,
             f"{table}.csv",
             str(month),
@@ -481,15 +525,18 @@ def as_tree(trace: Trace) -> "Tree":
 
     tree = Tree(Text(f"version {trace.version}  {trace.stage}, as of {trace.as_of}", style="bold"))
     for name, said, problems in _parts(trace):
-        branch = tree.add(_line(f"{name:<{NAMES}}{said}", problems))
+        tree.add(_line(f"{name:<{NAMES}}{said}", problems))
     files = dict(zip(trace.files, _padded(map(_told_file, trace.files)), strict=True))
-    for relation, said in zip(trace.relations, _padded(map(_told_relation, trace.relations)), strict=True):
-        made_from = branch.add(_line(said))
-        for file in trace.files:
-            if file.table in relation.files[-1:]:
-                made_from.add(_line(files.pop(file), file.problems))
-    for file, said in files.items():
-        branch.add(_line(said, file.problems))
+    relations = dict(zip(trace.relations, _padded(map(_told_relation, trace.relations)), strict=True))
+    for data in (trace.dataset, *reversed(trace.earlier)):
+        branch = tree.add(_line(f"{'dataset':<{NAMES}}{_told_dataset(data)}", data.problems))
+        for relation in (one for one in trace.relations if one.dataset == data.month):
+            made_from = branch.add(_line(relations[relation]))
+            for file in trace.files:
+                if (file.dataset, file.table) in {(data.month, table) for table in relation.files[-1:]}:
+                    made_from.add(_line(files.pop(file), file.problems))
+        for file in [one for one in files if one.dataset == data.month]:
+            branch.add(_line(files.pop(file), file.problems))
     decisions = tree.add(_line(f"{'decisions':<{NAMES}}{len(trace.decisions) or 'none yet'}"))
     for said in _padded(map(_told_decision, trace.decisions)):
         decisions.add(_line(said))
@@ -528,11 +575,12 @@ def _told_source(source: Source) -> str:
 
 
 def _parts(trace: Trace) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
-    """The links from the version to its dataset: what it is, what is said of it, its problems."""
-    training, data = trace.training, trace.dataset
+    """The links from the version to its datasets: what it is, what is said of it, its problems."""
+    training = trace.training
     trained = f"seed {_known(training.seed)}, trained on {' '.join(training.window) or UNKNOWN}"
+    if trace.earlier:
+        trained += f", window “{_known(training.window_name)}”"
     libraries = "".join(f", {name} {version}" for name, version in sorted(training.libraries.items()))
-    rows = UNKNOWN if data.rows is None else f"{data.rows:,}"
     return (
         ("model", _told_model(trace), ()),
         ("registered", _minute(trace.registered_at), ()),
@@ -541,7 +589,6 @@ def _parts(trace: Trace) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
         ("run", f"{trace.run.run_id}  {trace.run.link}", trace.run.problems),
         ("configuration", f"{_short(training.config_digest)}  {trained}", training.problems),
         ("code", f"{_known(training.code_version)}  Python {_known(training.python)}{libraries}", ()),
-        ("dataset", f"{_short(data.digest)}  {rows} rows", data.problems),
     )
 
 
@@ -551,6 +598,11 @@ def _told_model(trace: Trace) -> str:
     registered = f" (registered with {trace.registered_threshold:g})" if changed else ""
     estimator = _known(trace.training.estimator)
     return f"{estimator} on {trace.service}{calibrated}, threshold {trace.threshold:g}{registered}"
+
+
+def _told_dataset(data: TracedDataset) -> str:
+    rows = UNKNOWN if data.rows is None else f"{data.rows:,}"
+    return f"{_short(data.digest)}  {data.month}  {rows} rows"
 
 
 def _told_gates(gates: tuple[Gate, ...]) -> str:

@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from streamflow.contract import USER_ID, Column, FeatureService
-from streamflow.dataset import folds
+from streamflow.dataset import folds, in_order, weights
 from streamflow.errors import ConfigurationError, TrainingRefused
 
 if TYPE_CHECKING:
@@ -109,8 +109,9 @@ class TrainedModel:
 def fit(rows: pd.DataFrame, label: str, spec: ModelSpec, config: "TrainingConfig", *, n_jobs: int = 1) -> TrainedModel:
     """Fit what ``spec`` says on ``rows``, on ``n_jobs`` cores; neither cores nor the order of rows change the result.
 
-    ``rows`` has user_id, the features and the label of the users to learn from. The sigmoid is Platt's (1999), fitted
-    on out-of-fold scores in the folds of `dataset.folds`; the classifier under it is then fitted on all rows.
+    ``rows`` has user_id, the features and the label of the users to learn from, and what `dataset.in_order` says when
+    they are of several months. The sigmoid is Platt's (1999), fitted on out-of-fold scores in the folds of
+    `dataset.folds`; the classifier under it is then fitted on all rows. Weights count in all of it.
 
     Raises ConfigurationError for what training.toml cannot mean, and TrainingRefused as `require_trainable` does.
     """
@@ -120,7 +121,7 @@ def fit(rows: pd.DataFrame, label: str, spec: ModelSpec, config: "TrainingConfig
     from threadpoolctl import threadpool_limits
 
     require_trainable(rows, label, config)
-    rows = rows.sort_values(USER_ID, ignore_index=True)
+    rows = in_order(rows)
     classifier = bare_classifier(spec.estimator, config)
     params = {**config.estimators[spec.estimator], **ESTIMATORS[spec.estimator].fixed, _SEED: config.seed}
     if spec.calibrated:
@@ -132,7 +133,8 @@ def fit(rows: pd.DataFrame, label: str, spec: ModelSpec, config: "TrainingConfig
     # are never added up by several threads, whose order would show in the last bit.
     cores = n_jobs if ESTIMATORS[spec.estimator].parallel else 1
     with threadpool_limits(limits=1), joblib.parallel_config(backend="threading", n_jobs=cores):
-        learn(pipeline, spec.estimator, rows[spec.service.names], rows[label].to_numpy(dtype=np.bool_))
+        learned = rows[label].to_numpy(dtype=np.bool_)
+        learn(pipeline, spec.estimator, rows[spec.service.names], learned, weights(rows))
     return TrainedModel(
         pipeline, spec.service, spec.estimator, params, spec.calibrated, spec.threshold, train_rows=len(rows)
     )
@@ -179,12 +181,38 @@ def bare_classifier(estimator: str, config: "TrainingConfig") -> Any:
     return classifier
 
 
-def learn(pipeline: Any, estimator: str, features: pd.DataFrame, labels: NDArray[np.bool_]) -> None:
-    """Fit a pipeline of `make_pipeline`; raises ConfigurationError for hyper-parameters that do not go together."""
+def learn(
+    pipeline: Any,
+    estimator: str,
+    features: pd.DataFrame,
+    labels: NDArray[np.bool_],
+    sample_weight: NDArray[np.float64] | None = None,
+) -> None:
+    """Fit a pipeline of `make_pipeline`; raises ConfigurationError for hyper-parameters that do not go together.
+
+    A weight for each row counts in the classifier and in its sigmoid, not in standardizing, which is but a unit.
+    """
+    from sklearn import config_context
+
     try:
-        pipeline.fit(features, labels)
+        if sample_weight is None:
+            pipeline.fit(features, labels)
+            return
+        with config_context(enable_metadata_routing=True):
+            _ask_for_weights(pipeline)
+            pipeline.fit(features, labels, sample_weight=sample_weight)
     except ValueError as error:
         raise ConfigurationError(f"[estimators.{estimator}] of training.toml cannot be fitted: {error}") from error
+
+
+def _ask_for_weights(pipeline: Any) -> None:
+    def within(part: Any) -> list[Any]:
+        return [part, *(inner for inner in part.get_params().values() if hasattr(inner, "get_params"))]
+
+    transformers = [transformer for _, transformer, _ in pipeline.named_steps[PREPROCESSING].transformers]
+    for part in (*transformers, *within(pipeline.named_steps[CLASSIFIER])):
+        if hasattr(part, "set_fit_request"):
+            part.set_fit_request(sample_weight=part not in transformers)
 
 
 def make_pipeline(estimator: str, service: FeatureService, classifier: Any) -> Any:

@@ -23,6 +23,15 @@ Positive = Annotated[float, Meta(gt=0)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 Inside = Annotated[float, Meta(gt=0, lt=1)]
 LARGEST_FLOAT = 1e16
+WindowName = Annotated[str, Meta(pattern=r"^(month|all|recent|last ([2-9]|[1-9][0-9]+))$")]
+
+
+class Windows(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which windows of months may be learned from, simplest first; see `windows.candidates`."""
+
+    names: Annotated[tuple[WindowName, ...], Meta(min_length=1)]
+    half_life_months: Positive
+    estimator: str
 
 
 class Value(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,6 +76,7 @@ class TrainingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     importance_repeats: Annotated[int, Meta(ge=2)]
     services: Annotated[tuple[str, ...], Meta(min_length=1)]
     candidates: Annotated[tuple[str, ...], Meta(min_length=1)]
+    windows: Windows
     estimators: Annotated[dict[str, dict[str, Any]], Meta(min_length=1)]
     value: Value
     threshold: Threshold
@@ -103,11 +113,13 @@ class TrainingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """What the file says that no model can be chosen, fitted or measured by."""
         yield from _not_recordable("", self.document)
         yield from _unknown("services", self.services, [service.name for service in contract.services])
-        for key, names in (("services", self.services), ("candidates", self.candidates)):
+        listed = {"services": self.services, "candidates": self.candidates, "windows.names": self.windows.names}
+        for key, names in listed.items():
             if repeated := sorted({name for name in names if names.count(name) > 1}):
                 yield f"{key} has {', '.join(repeated)} more than once"
         yield from _unknown("estimators", self.estimators, ESTIMATORS)
         yield from _unknown("candidates", self.candidates, self.estimators)
+        yield from _unknown("windows.estimator", [self.windows.estimator], self.estimators)
         groups = [column.name for column in contract.features if column.kind in ("category", "boolean")]
         numbers = [column.name for column in contract.features if column.kind in ("integer", "float")]
         yield from _unknown("segments.attributes", self.segments.attributes, groups)

@@ -32,8 +32,6 @@ RETRAINING = RetrainingPolicy(
     cooldown_months=1,
     maximum_per_year=4,
     give_up_after=2,
-    windows=("month", "last 3", "all", "recent"),
-    half_life_months=3.0,
 )
 GENDER = InvarianceRule("user_gender", 0.0)
 POLICY = Policy("manual", "promote", "measure", "accept", BOUNDS, DECAY, RETRAINING, (GENDER,))

@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from streamflow import bootstrap
-from streamflow.bootstrap import METRICS, Tally, bins_of, captured, generator, measurable, measure, observed, resampled
+from streamflow.bootstrap import (
+    METRICS,
+    Tally,
+    bins_of,
+    captured,
+    generator,
+    measurable,
+    measure,
+    observed,
+    resampled,
+)
 
 AWKWARD = [0.0, 5e-324, 1e-17, 0.1, 0.3, np.nextafter(0.3, 0), 0.5, 0.7, 0.9, 1 - 2**-53, 1.0]
 PROBABILITY = st.sampled_from(AWKWARD) | st.floats(0, 1)
@@ -197,3 +207,73 @@ def test_capture_of_draws_counts_a_user_as_often_as_drawn():
     assert captured(tally, 0.25).tolist() == pytest.approx([1 / 2, (2 / 3) / 2])
     assert captured(tally, 0.75).tolist() == pytest.approx([1 / 2 + (2 / 3) / 2, 1])
     assert captured(tally, 1.0).tolist() == [1, 1]
+
+
+MANY = 70_000
+
+
+def many_users(seed=0):
+    """More users than are drawn one by one, with probabilities that are true, some of them at the threshold of 0.3."""
+    rng = np.random.default_rng(seed)
+    probabilities = np.where(rng.random(MANY) < 0.01, 0.3, rng.random(MANY) ** 2)
+    return rng.random(MANY) < probabilities, probabilities
+
+
+def test_many_users_are_drawn_in_groups_that_lose_nothing_that_counts():
+    labels, probabilities = many_users()
+    assert bootstrap.MANY < MANY
+    whole, grouped = observed(labels, probabilities), bootstrap._grouped(observed(labels, probabilities), 0.3)
+    assert 1_000 < len(grouped.levels) < 1_100
+    assert (np.diff(grouped.levels) > 0).all()
+    assert (grouped.all_churned, grouped.all_stayed) == (whole.all_churned, whole.all_stayed)
+    before, after = (measure(tally, 0.3, METRICS) for tally in (whole, grouped))
+    for name in ("ece", "accuracy", "precision", "recall", "f1"):
+        assert after[name][0] == pytest.approx(before[name][0], abs=1e-12)
+    for name in ("auc", "average_precision", "logloss", "brier"):
+        assert after[name][0] == pytest.approx(before[name][0], abs=1e-3)
+
+
+def test_many_users_have_the_spread_of_draws_one_by_one(monkeypatch):
+    labels, probabilities = many_users()
+
+    def spreads():
+        parts = list(bootstrap.drawn(labels, probabilities, 0.3, np.random.default_rng(1), 300))
+        return {
+            name: np.concatenate([measure(tally, 0.3, [name])[name] for tally in parts])
+            for name in ("auc", "logloss", "ece", "recall")
+        }
+
+    in_groups = spreads()
+    monkeypatch.setattr(bootstrap, "MANY", MANY)
+    for name, one_by_one in spreads().items():
+        assert len(one_by_one) == len(in_groups[name]) == 300
+        assert in_groups[name].std() == pytest.approx(one_by_one.std(), rel=0.2)
+        assert in_groups[name].mean() == pytest.approx(one_by_one.mean(), abs=0.3 * one_by_one.std())
+
+
+def test_many_users_are_drawn_alike_in_any_order():
+    labels, probabilities = many_users()
+    order = np.random.default_rng(2).permutation(MANY)
+    first, second = (
+        next(bootstrap.drawn(*users, 0.3, np.random.default_rng(1), 3))
+        for users in ((labels, probabilities), (labels[order], probabilities[order]))
+    )
+    assert (first.churned == second.churned).all()
+    assert (first.stayed == second.stayed).all()
+    assert first.churned.sum(axis=1).tolist() == [labels.sum()] * 3
+
+
+def test_many_users_who_all_stayed_are_drawn_too():
+    _, probabilities = many_users()
+    (tally,) = bootstrap.drawn(np.zeros(MANY, dtype=bool), probabilities, 0.3, np.random.default_rng(1), 2)
+    assert (tally.all_churned, tally.all_stayed) == (0, MANY)
+
+
+def test_rounding_carries_no_group_over_the_threshold():
+    labels = np.arange(MANY) % 3 == 0
+    some = np.random.default_rng(0).random(1_000)
+    rounded_down = some[some * MANY / MANY < some]
+    assert len(rounded_down)
+    for threshold in rounded_down[:3].tolist():
+        grouped = bootstrap._grouped(observed(labels, np.full(MANY, threshold)), threshold)
+        assert grouped.levels.tolist() == [threshold]

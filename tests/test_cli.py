@@ -226,7 +226,7 @@ def test_a_bad_folder_is_refused_with_file_line_column_and_reason(
         ("land", "somewhere", "--first-month", "January"),
         ("run", "2024-03..2024-01"),
         ("run", "2024-1"),
-        ("run",),
+        ("run", "--estimator", "logistic_regression"),
         ("simulate", "--months", "2024-01"),
         ("simulate", "--months", "soon", "--out", "somewhere"),
         ("simulate", "--months", "2024-01", "--out", "somewhere", "--users", "many"),
@@ -254,7 +254,7 @@ def test_a_folder_that_is_not_there_is_said(streamflow: Streamflow, tmp_path: Pa
 
 def test_migrate_says_what_it_changed(world: World) -> None:
     assert (world.migrated.code, world.migrated.err) == (0, "")
-    assert world.migrated.out.startswith("migrated from an empty database to 0003\ncreated users\n")
+    assert world.migrated.out.startswith("migrated from an empty database to 0004\ncreated users\n")
 
 
 # --- running months -----------------------------------------------------------------------------------------------
@@ -265,13 +265,15 @@ def test_a_bad_month_does_not_stop_the_others(world: World, streamflow: Streamfl
     first, *_, last = world.ran.err.splitlines()
     assert first.startswith("2024-02 usage_agg_30d: ")
     assert str(archived(world.home, "2024-02", "usage_agg_30d").name) in first
-    assert last == "1 of 3 months failed; the others are done"
+    assert last == "2024-02 failed; what does not need it is done"
     runs = json.loads(world.ran.out)
     assert [(run["month"], sorted(run["failures"])) for run in runs] == [
+        ("2024-01", []),
         ("2024-01", []),
         ("2024-02", ["usage_agg_30d"]),
         ("2024-03", []),
     ]
+    assert runs[1]["assets"] == ["churn_scores", "drift_report", "performance_report"]
     assert all(run["seconds"] > 0 for run in runs)
 
     months = json.loads(streamflow("status", "--json").out)["months"]

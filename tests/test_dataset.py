@@ -56,15 +56,16 @@ def handmade_dataset(users=400, seed=0, contract=CONTRACT):
     return assemble(features, labels, month=JANUARY, label_month=JANUARY, contract=contract)
 
 
-def real_dataset(real_data: Path) -> TrainingDataset:
-    """January of the real sample, straight from its files."""
-    tables = [pd.read_csv(real_data / "month_000" / table.file) for table in CONTRACT.tables]
-    month = reduce(lambda left, right: left.merge(right, on="user_id"), tables)
+def real_dataset(real_data: Path, month: Month = JANUARY) -> TrainingDataset:
+    """January or February of the real sample, straight from its files."""
+    folder = real_data / f"month_{month.number - 1:03d}"
+    tables = [pd.read_csv(folder / table.file) for table in CONTRACT.tables]
+    rows = reduce(lambda left, right: left.merge(right, on="user_id"), tables)
     for column in CONTRACT.features:
         if column.empty_means is not None:
-            month[column.name] = month[column.name].astype("boolean").fillna(column.empty_means)
-    month["event_timestamp"] = pd.Timestamp(JANUARY.event_time)
-    return assemble(month, month[["user_id", "churn_label"]], month=JANUARY, label_month=JANUARY)
+            rows[column.name] = rows[column.name].astype("boolean").fillna(column.empty_means)
+    rows["event_timestamp"] = pd.Timestamp(month.event_time)
+    return assemble(rows, rows[["user_id", "churn_label"]], month=month, label_month=month)
 
 
 def contract_with_contract_type() -> Contract:

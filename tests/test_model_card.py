@@ -52,6 +52,20 @@ CANDIDATES = pd.DataFrame(
         "seconds": [0.5, 1.9],
     }
 )
+WINDOWS = pd.DataFrame(
+    {
+        "name": ["month", "recent"],
+        "months": ["2024-01", "2023-12 2024-01"],
+        "half_life_months": [None, 3.0],
+        "rows": [5_260, 10_520],
+        "logloss": [0.524, 0.5555],
+        "auc": [0.659, 0.581],
+        "difference": [0.0, 0.0315],
+        "standard_error": [0.0, 0.0035],
+        "chosen": [True, False],
+        "seconds": [0.6, 1.6],
+    }
+)
 CARD = Card(
     month=JANUARY,
     as_of=JANUARY.as_of,
@@ -62,6 +76,8 @@ CARD = Card(
     threshold_reason="Contacting from there on brings the most.",
     params={"max_iter": 100, "learning_rate": 0.05},
     data=Data(rows=7_043, dropped=12, churn_rate=0.2654, trained_on=5_260, held_out=1_783, held_out_churned=466),
+    windows=WINDOWS,
+    window_reason="The month alone predicts best.",
     candidates=CANDIDATES,
     reason="It has the lowest logloss.",
     train=dict.fromkeys(METRICS, 0.9) | {"auc": 0.862},
@@ -97,8 +113,11 @@ CARD = Card(
     scoring_microseconds=18.6,
     possible_leaks={},
     lineage={
+        "month": "2024-01",
+        "window": ["2024-01"],
         "dataset": {"digest": "18f3b82f64a9" + "0" * 52, "rows": 7_043},
         "files": {"users": {"revision": 2, "digest": "7dfb4cf67742" + "0" * 52}},
+        "earlier": [{"month": "2023-12", "files": {"users": {"revision": 1, "digest": "9a0b1c2d3e4f" + "0" * 52}}}],
         "config_digest": "7268b527a9a4" + "0" * 52,
         "code_version": "5a6f0d62b0c1",
         "seed": 42,
@@ -206,8 +225,26 @@ def test_data_and_files(card):
     data = card.section("data")
     for fact in ("7,043", "5,260", "1,783, 466 churned", "26.5 %", "12 customers were left out", "18f3b82f64a9"):
         assert fact in data
-    assert card.rows("The landed files")[1] == ["users", "2", "7dfb4cf67742"]
+    assert card.rows("The landed files")[1:] == [
+        ["users of 2024-01", "2", "7dfb4cf67742"],
+        ["users of 2023-12", "1", "9a0b1c2d3e4f"],
+    ]
+    assert ["Learned from", "5,260 in 2024-01"] in card.rows("The training dataset")
     assert "No customer was left out" in page(data=dataclasses.replace(CARD.data, dropped=0)).section("data")
+
+
+def test_one_month_alone_needs_no_naming():
+    found = page(windows=pd.DataFrame(), lineage={**CARD.lineage, "earlier": []})
+    assert found.rows("The landed files")[1:] == [["users", "2", "7dfb4cf67742"]]
+    assert ["Learned from", "5,260"] in found.rows("The training dataset")
+    assert not found.rows("Windows of months")
+
+
+def test_windows_and_the_reason(card):
+    rows = card.rows("Windows of months")
+    assert rows[1] == ["month (chosen)", "2024-01", "–", "5,260", "0.5240", "0.0000", "0.0000", "0.659", "0.6"]  # noqa: RUF001
+    assert rows[2] == ["recent", "2023-12 2024-01", "3", "10,520", "0.5555", "0.0315", "0.0035", "0.581", "1.6"]
+    assert "The month alone predicts best." in card.section("choice")
 
 
 def test_candidates_and_the_reason(card):

@@ -1,3 +1,5 @@
+import re
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -7,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
 from streamflow import features, pipeline, procedure, training
@@ -23,6 +26,7 @@ from streamflow.scoring import Scorer, sha256
 from streamflow.settings import Settings
 from streamflow.simulate import simulate
 from streamflow.status import month_statuses, relations
+from streamflow.tracing import as_tree, require_whole, trace_version
 from streamflow.warehouse import MonthWrite, landing_findings, month_writes, record, snapshot_findings
 
 JANUARY, FEBRUARY, MARCH, APRIL = Month(2024, 1).until(Month(2024, 4))
@@ -631,6 +635,115 @@ def test_a_rebuild_follows_the_configuration_of_then(world: World, tmp_path: Pat
     changed = Platform(settings.model_copy(update={"training_file": other}), world.platform.database)
     assert changed.training_config.digest != world.platform.training_config.digest
     assert pipeline.rebuild(changed, 2).identical
+
+
+# --- several months -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recent(new_world: Callable[[Path], World], months: Path) -> World:
+    """January's dataset, and February's model that must learn from both."""
+    made = new_world(months)
+    file = made.platform.settings.home / "training.toml"
+    text = made.platform.settings.training_file.read_text()
+    file.write_text(re.sub(r"(?m)^names = .*$", 'names = ["recent"]', re.sub(r'    "(?!gradient)\w+",\n', "", text)))
+    settings = made.platform.settings.model_copy(update={"training_file": file})
+    made = World(Platform(settings, made.platform.database), months)
+    for month in (JANUARY, FEBRUARY):
+        made.land(month)
+        made.data_layers(month)
+        pipeline.assemble_dataset(made.platform, month, NOW)
+    pipeline.train(made.platform, FEBRUARY, NOW)
+    pipeline.register(made.platform, FEBRUARY, NOW)
+    return made
+
+
+def test_every_month_that_could_be_learned_from_is_recorded(recent: World) -> None:
+    january, february = recent.written(JANUARY)["training_dataset"], recent.written(FEBRUARY)["training_dataset"]
+    model = recent.written(FEBRUARY)["churn_model"]
+    assert model.sources == {
+        "training_dataset": february.as_source,
+        "training_dataset 2024-01": january.as_source,
+    }
+    lineage = recent.platform.ledger.version(1).lineage
+    assert (lineage["window"], lineage["window_name"]) == (["2024-01", "2024-02"], "recent")
+    assert lineage["dataset"] == {"digest": february.digest, "rows": USERS}
+    assert lineage["earlier"] == [
+        {
+            "month": "2024-01",
+            "label_month": "2024-01",
+            "dataset": {"digest": january.digest, "rows": USERS},
+            "sources": january.sources,
+            "files": january.facts["files"],
+        }
+    ]
+    held_out = sum(load(recent.platform.datasets / f"{february.digest}.parquet").holdout)
+    assert model.facts["evidence"]["users"] == held_out
+    assert recent.platform.registry.versions()[1].run_id == model.facts["run_id"]
+
+
+def test_a_version_of_several_months_is_traced_to_all_their_files(recent: World) -> None:
+    trace = trace_version(recent.platform, 1)
+    require_whole(trace)
+    landed = {
+        (str(month), f"{name}.csv", revision.sha256)
+        for month in (JANUARY, FEBRUARY)
+        for name, revision in recent.platform.landing.manifest(month).current.items()
+    }
+    assert {(file.month, file.file, file.sha256) for file in trace.files} == landed
+    assert len(landed) == 2 * len(CONTRACT.tables)
+    assert [one.month for one in (trace.dataset, *trace.earlier)] == ["2024-02", "2024-01"]
+    assert (trace.training.window, trace.training.window_name) == (("2024-01", "2024-02"), "recent")
+    console = Console(width=400)
+    with console.capture() as captured:
+        console.print(as_tree(trace))
+    lines = captured.get().splitlines()
+    assert sum(".csv" in line for line in lines) == 2 * len(CONTRACT.tables)
+    datasets = [line.split()[2:4] for line in lines if line.startswith("├── dataset ")]
+    assert datasets == [[trace.dataset.digest[:12], "2024-02"], [trace.earlier[0].digest[:12], "2024-01"]]  # type: ignore[index]
+
+
+def test_a_version_of_several_months_is_rebuilt_identically_whatever_happened_to_them(
+    recent: World, tmp_path: Path
+) -> None:
+    platform = recent.platform
+    assert pipeline.rebuild(platform, 1).identical
+
+    corrected = shutil.copytree(recent.months / str(JANUARY), tmp_path / "corrected")
+    (~csv(recent, JANUARY, "labels").astype(bool)).to_csv(corrected / "labels.csv")
+    before = [one.state for one in month_statuses(platform)]
+    platform.landing.land(corrected, JANUARY, NOW)
+    recent.data_layers(JANUARY)
+    pipeline.assemble_dataset(platform, JANUARY, NOW)
+    after = {one.month: one.stale for one in month_statuses(platform)}
+    assert before == ["incomplete", "complete"]
+    assert after == {"2024-01": (), "2024-02": ("churn_model", "registered_model_version")}
+
+    assert pipeline.rebuild(platform, 1).identical
+    file = platform.datasets / f"{trace_version(platform, 1).earlier[0].digest}.parquet"
+    kept = file.read_bytes()
+    try:
+        file.unlink()
+        (said,) = trace_version(platform, 1).broken
+        assert said.startswith(f"{file}, the dataset of 2024-01, one of those of version 1, is gone")
+    finally:
+        file.write_bytes(kept)
+    pipeline.train(platform, FEBRUARY, NOW)
+    assert [one.stale for one in month_statuses(platform)] == [(), ("registered_model_version",)]
+
+
+def test_an_earlier_dataset_that_cannot_be_read_is_named(recent: World) -> None:
+    file = recent.platform.datasets / f"{recent.written(JANUARY)['training_dataset'].digest}.parquet"
+    before, kept = recent.written(FEBRUARY), file.read_bytes()
+    try:
+        file.write_bytes(kept[:100])
+        with pytest.raises(TrainingRefused) as refused:
+            pipeline.train(recent.platform, FEBRUARY, NOW)
+    finally:
+        file.write_bytes(kept)
+    assert str(refused.value).startswith(f"2024-02 may learn from 2024-01 too, but {file} is no training dataset")
+    assert str(refused.value).endswith("materialize training_dataset again for 2024-01")
+    assert recent.written(FEBRUARY) == before
 
 
 # --- the published months -----------------------------------------------------------------------------------------

@@ -1,20 +1,29 @@
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.colors import to_rgba
+from test_decay import history_of
 
 from streamflow import plots
+from streamflow.contract import Column
+from streamflow.decay import Finding
+from streamflow.drift import compare
 from streamflow.evaluation import Capture, Interval, Segment, lift_curve, reliability
 from streamflow.plots import (
     amount,
     confusion_plot,
+    drift_plot,
+    drifted_features_plot,
     importance_plot,
     lift_plot,
     percent,
     percent_with_interval,
+    performance_plot,
     precision_recall_plot,
     reliability_plot,
     roc_plot,
@@ -45,6 +54,30 @@ IMPORTANCES = pd.DataFrame(
     }
 )
 
+DRIFT_COLUMNS = [
+    Column("hours", "float", "Hours watched."),
+    Column("plan", "category", "The plan.", categories=("basic", "a very long one", "$x^")),
+    Column("stalls", "integer", "Playback stalls."),
+]
+REFERENCE = pd.DataFrame(
+    {
+        "hours": SEEDED.normal(25, 5, USERS),
+        "plan": SEEDED.choice(["basic", "a very long one", "$x^"], USERS),
+        "stalls": SEEDED.poisson(1.5, USERS),
+    }
+)
+CURRENT = REFERENCE[:300].assign(hours=REFERENCE["hours"].mask(REFERENCE["hours"] > 30) - 1, plan="basic")
+
+
+def drift_between(reference, current):
+    return compare(
+        reference, current, DRIFT_COLUMNS, reference_scores=PROBABILITIES, current_scores=PROBABILITIES[::-1]
+    )
+
+
+HISTORY = history_of([0.84, 0.49, 0.66, 0.65], versions=[1, 1, 2, 2], promises=[0.84, 0.84, 0.67, 0.67])
+HISTORY[1] = replace(HISTORY[1], worse_than_promised=Finding(True, 0.35, 0.04, "worse"))
+
 
 def every_plot(labels=LABELS, probabilities=PROBABILITIES, threshold=0.3):
     thresholds = np.linspace(0, 1, 21)
@@ -57,7 +90,10 @@ def every_plot(labels=LABELS, probabilities=PROBABILITIES, threshold=0.3):
         "importances": lambda: importance_plot(IMPORTANCES, len(labels)),
         "scores": lambda: score_plot(labels, probabilities, threshold),
         "segments": lambda: segments_plot(SEGMENTS, AUC),
+        "performance": lambda: performance_plot(HISTORY),
         "value": lambda: value_plot(thresholds, 1e4 - thresholds * 3e4, threshold=0.3, value=1e3, users=len(labels)),
+        "drift": lambda: drift_plot(drift_between(REFERENCE, CURRENT)),
+        "drifted features": lambda: drifted_features_plot(drift_between(REFERENCE, CURRENT), REFERENCE, CURRENT),
     }
 
 
@@ -254,6 +290,74 @@ def test_value_marks_the_choice_and_the_best(figure_of):
     assert figure.axes[0].lines[-1].get_xydata().tolist() == [[0.3, 19_000]]
 
 
+def test_drift_shows_size_by_length_and_significance_by_colour(figure_of):
+    report = drift_between(REFERENCE, CURRENT)
+    figure = figure_of(lambda: drift_plot(report))
+    assert texts(figure)[0] == "2 of 3 features drift: large at most"
+    assert "300 users against 400" in said(figure)
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["plan", "hours", "stalls", "score"]
+    psi = {one.name: one.psi for one in report.features}
+    assert [bar.get_width() for bar in axes.patches] == [psi["plan"], psi["hours"], psi["stalls"], 0]
+    first, second, third, fourth = (bar.get_facecolor() for bar in axes.patches)
+    assert first == second != third == fourth
+    assert [line.get_xdata()[0] for line in axes.lines] == [0.1, 0.25]
+    assert texts(figure).count("< 0.0001") == 2
+    assert texts(figure).count("1.00") == 2
+    assert {f"{psi['plan']:.3f}", f"{psi['stalls']:.3f}", "small", "moderate", "large"} <= set(texts(figure))
+
+
+def test_what_drifts_is_drawn_in_both_months(figure_of):
+    report = drift_between(REFERENCE, CURRENT)
+    figure = figure_of(lambda: drifted_features_plot(report, REFERENCE, CURRENT))
+    missing = round(100 * CURRENT["hours"].isna().mean())
+    plan, hours, _ = sorted(report.features, key=lambda one: -one.psi)
+    assert texts(figure)[3:] == [
+        "plan",
+        f"PSI {plan.psi:.3f} (large)",
+        "hours",
+        f"PSI {hours.psi:.3f} (large), missing 0 to {missing} %",
+    ]
+    before, after = figure.axes[0].patches
+    shares = REFERENCE["plan"].value_counts(normalize=True)
+    labels = [label.get_text().replace("\n", " ") for label in figure.axes[0].get_xticklabels()]
+    assert labels == ["$x^", "a very long one", "basic"]
+    assert before.get_data().values.tolist() == pytest.approx([shares[name] for name in labels])
+    assert after.get_data().values.tolist() == [0, 0, 1]
+    assert len(figure.axes[1].patches[0].get_data().values) == 30
+
+
+def test_without_drift_the_nearest_to_it_is_drawn(figure_of):
+    report = drift_between(REFERENCE, REFERENCE)
+    figure = figure_of(lambda: drifted_features_plot(report, REFERENCE, REFERENCE))
+    assert texts(figure)[0] == "None of 3 features drifts"
+    assert "PSI 0.000 (none), not significant" in texts(figure)
+    assert len(figure.axes) == 2
+
+
+@pytest.mark.parametrize("values", [np.full(USERS, np.nan), np.r_[np.zeros(99_960), 1:41]], ids=["missing", "rare"])
+def test_odd_features_are_drawn_too(values, figure_of):
+    columns, frame = DRIFT_COLUMNS[:1], pd.DataFrame({"hours": values})
+    report = compare(frame, frame, columns, reference_scores=PROBABILITIES, current_scores=PROBABILITIES)
+    figure = figure_of(lambda: drifted_features_plot(report, frame, frame))
+    before, after = (patch.get_data().values.tolist() for patch in figure.axes[0].patches)
+    assert before == after
+    assert sum(before) == pytest.approx(0 if np.isnan(values).all() else 1)
+
+
+def test_at_most_six_features_are_drawn_and_entirely_missing_ones_too(monkeypatch, figure_of):
+    columns = [Column(f"feature_{number}", "float", "One of many.") for number in range(8)]
+    reference = pd.DataFrame({column.name: SEEDED.normal(0, 1, USERS) for column in columns})
+    current = reference + 2
+    current["feature_7"] = np.nan
+    monkeypatch.setattr("test_plots.DRIFT_COLUMNS", columns)
+    report = drift_between(reference, current)
+    figure = figure_of(lambda: drifted_features_plot(report, reference, current))
+    assert len(figure.axes) == 6
+    assert "The 6 of greatest drift." in said(figure)
+    assert texts(figure)[0] == "8 of 8 features drift: large at most"
+
+
 @pytest.mark.parametrize(
     ("value", "digits", "text"),
     [
@@ -279,3 +383,33 @@ def test_measures_with_their_intervals():
     assert with_interval(AUC) == f"0.842 (0.821{kept}to{kept}0.861)"
     assert percent(0.2654) == f"26.5{kept}%"
     assert percent_with_interval(AUC) == f"84{kept}% (82{kept}to{kept}86{kept}%)"
+
+
+def test_performance_shows_what_was_promised_and_what_became_of_it(figure_of):
+    figure = figure_of(lambda: performance_plot(HISTORY))
+    assert texts(figure)[0] == "2024-04: AUC 0.650 (0.630 to 0.670)"
+    assert "promised, by version 2 0.670 (0.650 to 0.690)." in said(figure)
+    (axes,) = figure.axes
+    bands = [collection.get_paths()[0].get_extents() for collection in axes.collections[:8:2]]
+    assert [band.y0 for band in bands] == pytest.approx([0.82, 0.82, 0.65, 0.65])
+    assert [band.y1 for band in bands] == pytest.approx([0.86, 0.86, 0.69, 0.69])
+    achieved = axes.collections[-1]
+    assert achieved.get_offsets().tolist() == [[0, 0.84], [1, 0.49], [2, 0.66], [3, 0.65]]
+    contrast = [tuple(colour) == to_rgba(plots._CONTRAST) for colour in achieved.get_facecolors()]
+    assert contrast == [False, True, False, False]
+    assert [label.get_text() for label in axes.get_xticklabels()] == [
+        "2024-01\nversion 1",
+        "2024-02\nversion 1",
+        "2024-03\nversion 2",
+        "2024-04\nversion 2",
+    ]
+    assert axes.get_ylim()[0] < 0.47
+    assert "chance" in said(figure)
+
+
+def test_performance_of_one_month_and_of_many(figure_of):
+    one = figure_of(lambda: performance_plot(HISTORY[:1])).axes[0]
+    assert one.get_ylim()[0] < 0.5
+    many = figure_of(lambda: performance_plot(history_of([0.8] * 24)))
+    assert len(many.axes[0].get_xticks()) == 6
+    assert "0.800" not in [text.get_text() for text in many.axes[0].texts]

@@ -126,7 +126,9 @@ def test_a_user_on_both_sides_is_refused(data, config):
     sides = data.holdout.copy()
     twice.__dict__["holdout"] = np.append(sides, not sides[0])
     user = data.frame["user_id"][0]
-    with pytest.raises(TrainingRefused, match=f"1 users of 2024-01 are in training and hold-out, such as {user}"):
+    with pytest.raises(
+        TrainingRefused, match=f"1 users to learn from in 2024-01 are in the hold-out of 2024-01, such as {user}"
+    ):
         procedure.run(twice, Procedure.of(config, policy()))
 
 

@@ -334,7 +334,9 @@ def candidate(estimator, logloss, difference, standard_error, chosen):
     ],
 )
 def test_the_reason_names_the_best_the_chosen_and_the_numbers(candidates, reason):
-    assert selection._reason(candidates) == reason
+    chosen = next(index for index, one in enumerate(candidates) if one.chosen)
+    names = [f"{one.estimator} on {one.service}" for one in candidates]
+    assert selection.reason_for(chosen, names, candidates) == reason
 
 
 # Refusals

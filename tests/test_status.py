@@ -170,6 +170,40 @@ def test_a_correction_that_changes_no_content_ends_at_the_snapshot() -> None:
     assert month_status(landed, written, in_production=True).state == "complete"
 
 
+def dataset_of(month: Month, digest: str) -> MonthWrite:
+    return MonthWrite("training_dataset", month, 1, digest, 9, {}, NOW)
+
+
+@pytest.mark.parametrize(
+    ("earlier_months", "then", "now", "stale"),
+    [
+        (None, {}, {}, False),
+        (None, {2: "a"}, {2: "a"}, False),
+        (None, {2: "a"}, {2: "b"}, True),
+        (None, {}, {2: "a"}, True),
+        (None, {2: "a"}, {}, True),
+        # Out of reach of a training on the month alone, or on two months before it.
+        (0, {}, {2: "a"}, False),
+        (2, {2: "a"}, {2: "a", 3: "c"}, False),
+        (2, {2: "a"}, {2: "b", 3: "c"}, True),
+    ],
+)
+def test_a_model_is_stale_when_its_window_would_be_chosen_among_other_months(
+    earlier_months: int | None, then: dict[int, str], now: dict[int, str], stale: bool
+) -> None:
+    model = COMPLETE["churn_model"]
+    considered = {
+        f"training_dataset {JANUARY.shift(-ago)}": dataset_of(JANUARY, digest).as_source for ago, digest in then.items()
+    }
+    model = replace(model, sources={**model.sources, **considered}, facts={"earlier_months": earlier_months})
+    written = {**COMPLETE, "churn_model": model}
+    version = written["registered_model_version"]
+    written["registered_model_version"] = replace(version, sources={"churn_model": model.as_source})
+    earlier = [dataset_of(JANUARY.shift(-ago), digest) for ago, digest in now.items()]
+    found = month_status(manifest(), written, earlier=earlier, in_production=True)
+    assert found.stale == (("churn_model", "registered_model_version") if stale else ())
+
+
 def test_stale_is_said_before_incomplete() -> None:
     written = {name: write for name, write in COMPLETE.items() if name != "registered_model_version"}
     status = month_status(manifest("labels"), written, in_production=True)

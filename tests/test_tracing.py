@@ -195,7 +195,7 @@ def test_it_is_printed_as_an_aligned_tree(world: World) -> None:
     assert lines[2] == "├── registered     2024-02-01 10:05 UTC"
     assert lines[5] == f"├── run            {trace.run.run_id}  {trace.run.link}"
     assert lines[6].endswith(f"{trace.training.config_digest[:12]}  seed 42, trained on 2024-01")  # type: ignore[index]
-    assert lines[8] == f"├── dataset        {trace.dataset.digest[:12]}  400 rows"
+    assert lines[8] == f"├── dataset        {trace.dataset.digest[:12]}  2024-01  400 rows"  # type: ignore[index]
     usage = world.first_files["usage_agg_30d"]
     at = next(number for number, line in enumerate(lines) if "usage_agg_30d_snapshots" in line)
     digest = next(one.digest for one in trace.relations if one.relation == "usage_agg_30d_snapshots")
@@ -393,8 +393,8 @@ def test_a_record_that_lacks_a_snapshot_or_a_file_is_broken(
     )
     files = {name: source for name, source in lineage["files"].items() if name not in ("users", "labels")}
     assert recorded({"files": files}) == (
-        "the record of version 1 does not say from which labels.csv it was made",
-        "the record of version 1 does not say from which users.csv it was made",
+        "the record of version 1 does not say from which labels.csv its dataset was made",
+        "the record of version 1 does not say from which users.csv its dataset was made",
     )
 
 

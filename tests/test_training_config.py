@@ -27,6 +27,9 @@ def load(tmp_path):
     return loaded
 
 
+RULE = r"^rule = .*?^capacity = \d+$"
+
+
 def edited(pattern, replacement):
     """The repository's file with one place of it changed."""
     text, count = re.subn(pattern, replacement, TEXT, count=1, flags=re.MULTILINE | re.DOTALL)
@@ -39,11 +42,12 @@ def test_the_file_in_the_repository_says_what_it_says():
     stated = tomllib.loads(TEXT)
     document = config.document
     assert document["threshold"] == {"capacity": None, "fixed": None} | stated["threshold"]
-    for key in stated.keys() - {"threshold", "services", "candidates", "segments"}:
+    for key in stated.keys() - {"threshold", "services", "candidates", "windows", "segments"}:
         assert document[key] == stated[key]
     assert list(config.services) == stated["services"]
     assert list(config.segments.attributes) == stated["segments"]["attributes"]
     assert config.segments.bands == {name: tuple(edges) for name, edges in stated["segments"]["bands"].items()}
+    assert document["windows"] | {"names": list(config.windows.names)} == stated["windows"]
     assert list(config.candidates) == stated["candidates"] == list(ESTIMATORS)
 
 
@@ -92,7 +96,7 @@ def test_how_the_file_is_written_does_not_count(load, text):
         (r'^    "random_forest_baseline",\n', ""),
         (r'"churn_v1", "churn_v2"', '"churn_v2", "churn_v1"'),
         (r"^contact_cost = .*?$", "contact_cost = 20.5"),
-        (r"^rule = .*?$", 'rule = "fixed"\nfixed = 0.5'),
+        (RULE, 'rule = "fixed"\nfixed = 0.5'),
         (r"^months_active = \[6, ", "months_active = [5, "),
         (r"^minimum_positives = \d+", "minimum_positives = 31"),
     ],
@@ -132,6 +136,14 @@ def test_each_order_of_the_candidates_has_its_own_digest_and_the_order_of_keys_n
         (r"^\[estimators\.logistic_regression\]$", "[estimators.oracle]", r"estimators has 'oracle'; known are logis"),
         (r'^    "gradient_boosting",', '    "oracle",', r"candidates has 'oracle'; known are logistic"),
         (r'^    "gradient_boosting",', '    "logistic_regression",', r"candidates has logistic_regression more"),
+        (r"^names = .*?$", "names = []", r"\$.windows.names"),
+        (r"^names = .*?$", 'names = ["week"]', r"\$.windows.names"),
+        (r"^names = .*?$", 'names = ["last 1"]', r"\$.windows.names"),
+        (r"^names = .*?$", 'names = ["month", "last 03"]', r"\$.windows.names"),
+        (r"^names = .*?$", 'names = ["all", "all"]', r"windows.names has all more than once"),
+        (r"^half_life_months = .*?$", "half_life_months = 0", r"\$.windows.half_life_months"),
+        (r"^half_life_months = .*?$", "half_life_months = inf", r"windows.half_life_months is inf"),
+        (r"^estimator = .*?$", 'estimator = "oracle"', r"windows.estimator has 'oracle'; known are logistic_regress"),
         (r"^C = .*?$", "C = inf", r"estimators.logistic_regression.C is inf, which is no finite number"),
         (r"^C = .*?$", "C = 1e16", r"estimators.logistic_regression.C is 1e\+16; floats must be below 1e\+16, write"),
         (r"^C = .*?$", "C = [1, nan]", r"estimators.logistic_regression.C is nan"),
@@ -143,13 +155,12 @@ def test_each_order_of_the_candidates_has_its_own_digest_and_the_order_of_keys_n
         (r"^retained_share = .*?$", "retained_share = 0", r"\$.value.retained_share"),
         (r"^months_retained = .*?$", "months_retained = 0", r"\$.value.months_retained"),
         (r"^rule = .*?$", 'rule = "guess"', r"\$.threshold.rule"),
-        (r"^rule = .*?$", 'rule = "capacity"', r"threshold.capacity is for rule = \"capacity\" and needed there"),
-        (r"^rule = .*?$", 'rule = "capacity"\ncapacity = 0', r"\$.threshold.capacity"),
-        (r"^rule = .*?$", 'rule = "fixed"', r"threshold.fixed is for rule = \"fixed\" and needed there; the rule is"),
-        (r"^rule = .*?$", 'rule = "fixed"\nfixed = 0', r"\$.threshold.fixed"),
-        (r"^rule = .*?$", 'rule = "fixed"\nfixed = 1', r"\$.threshold.fixed"),
-        (r"^rule = .*?$", 'rule = "fixed"\nfixed = nan', r"threshold.fixed"),
-        (r"^rule = .*?$", 'rule = "value"\ncapacity = 500', r"threshold.capacity is for .*; the rule is \"value\""),
+        (RULE, 'rule = "capacity"', r"threshold.capacity is needed for rule = \"capacity\""),
+        (RULE, 'rule = "capacity"\ncapacity = 0', r"\$.threshold.capacity"),
+        (RULE, 'rule = "fixed"', r"threshold.fixed is for rule = \"fixed\" and needed there; the rule is"),
+        (RULE, 'rule = "fixed"\nfixed = 0', r"\$.threshold.fixed"),
+        (RULE, 'rule = "fixed"\nfixed = 1', r"\$.threshold.fixed"),
+        (RULE, 'rule = "fixed"\nfixed = nan', r"threshold.fixed"),
         (r'"net_service"', '"net_servis"', r"segments.attributes has 'net_servis'; known are .*net_service"),
         (r'"net_service"', '"monthly_fee"', r"segments.attributes has 'monthly_fee'"),
         (r"^months_active = .*?$", "tenure = [6]", r"segments.bands has 'tenure'; known are months_active,"),
@@ -177,12 +188,13 @@ def test_all_that_is_wrong_is_said_at_once(load):
     ("replacement", "threshold"),
     [
         ('rule = "value"', Threshold("value")),
+        ('rule = "value"\ncapacity = 500', Threshold("value", capacity=500)),
         ('rule = "capacity"\ncapacity = 500', Threshold("capacity", capacity=500)),
         ('rule = "fixed"\nfixed = 0.3', Threshold("fixed", fixed=0.3)),
     ],
 )
 def test_each_rule_of_the_threshold_takes_its_own_key(load, replacement, threshold):
-    assert load(edited(r"^rule = .*?$", replacement)).threshold == threshold
+    assert load(edited(RULE, replacement)).threshold == threshold
 
 
 def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path):

@@ -5,6 +5,7 @@ from time import perf_counter
 from dagster import (
     AssetCheckResult,
     AssetCheckSeverity,
+    AssetDep,
     AssetExecutionContext,
     Config,
     MaterializeResult,
@@ -18,7 +19,7 @@ from streamflow.contract import CONTRACT
 from streamflow.plots import with_interval
 from streamflow_dagster.defs import checks
 from streamflow_dagster.defs.conditions import WHEN_REMADE
-from streamflow_dagster.defs.partitions import MONTHLY
+from streamflow_dagster.defs.partitions import MONTHLY, up_to_the_month
 from streamflow_dagster.defs.resources import PlatformResource
 from streamflow_dagster.defs.results import (
     OWNERS,
@@ -28,11 +29,14 @@ from streamflow_dagster.defs.results import (
     metrics_as_table,
     month_of,
     shown,
+    windows_as_table,
 )
 
 AFTER_THE_SCORES = {"dagster/priority": "-1"}
 """In a run of the whole graph a month is scored by what was Production before it is trained on."""
 SNAPSHOTS = [str(table.snapshot) for table in CONTRACT.snapshots]
+EARLIER_MONTHS = 98
+"""Dagster compares what a partition was made from with what there is now for fewer than 100 partitions upstream."""
 SHOWN_IMAGES = {"ROC curve": "roc.png", "Reliability": "reliability.png", "Segments": "segments.png"}
 
 
@@ -80,13 +84,13 @@ def training_dataset(context: AssetExecutionContext, core: PlatformResource) -> 
 
 
 @asset(
-    deps=[training_dataset],
+    deps=[AssetDep(training_dataset, partition_mapping=up_to_the_month(EARLIER_MONTHS))],
     group_name="training",
     owners=OWNERS,
     kinds={"scikitlearn", "mlflow"},
     code_version=pipeline.code_version(
-        *("contract", "dataset", "training", "training_config", "selection", "procedure", "evaluation", "bootstrap"),
-        *("value", "scoring", "report", "plots", "model_card"),
+        *("contract", "dataset", "training", "training_config", "selection", "windows", "procedure", "evaluation"),
+        *("bootstrap", "value", "scoring", "report", "plots", "model_card"),
     ),
     partitions_def=MONTHLY,
     check_specs=checks.of_model("churn_model"),
@@ -125,6 +129,7 @@ def churn_model(context: AssetExecutionContext, core: PlatformResource, config: 
             "calibrated": model.calibrated,
             "threshold": model.threshold,
             "metrics": MetadataValue.md(metrics_as_table(evidence)),
+            "window": MetadataValue.md(windows_as_table(trained.candidate.window)),
             "candidates": MetadataValue.md(candidates_as_table(trained.candidate.selection)),
             **forwards,
             **({"not validated forward in time": "; ".join(trained.not_validated)} if trained.not_validated else {}),

@@ -21,6 +21,7 @@ from streamflow.warehouse import Finding, MonthWrite
 if TYPE_CHECKING:
     from streamflow.drift import DriftReport
     from streamflow.selection import Selection
+    from streamflow.windows import Choice
 
 OWNERS = ["team:platform"]
 
@@ -87,6 +88,18 @@ def metrics_as_table(evidence: Evidence) -> str:
     return "\n".join(
         ["| metric | held-out users | 95 % interval | training users |", "| --- | --- | --- | --- |", *rows]
     )
+
+
+def windows_as_table(choice: "Choice") -> str:
+    """The windows of months to learn from, simplest first, with the reason for the choice, as Markdown."""
+    rows = [
+        f"| {'**' if one.chosen else ''}{one.name}{'**' if one.chosen else ''} | {' '.join(one.months)} | {one.rows:,} "
+        f"| {one.logloss:.4f} | {one.difference:+.4f} ± {one.standard_error:.4f} | {one.auc:.4f} | {one.seconds:.1f} |"
+        for one in choice.scores
+    ]
+    header = "| window | months | rows | logloss | to the best | AUC | seconds |"
+    table = [header, "| --- | --- | --- | --- | --- | --- | --- |", *rows] if rows else []
+    return "\n".join([choice.reason, "", *table])
 
 
 def candidates_as_table(selection: "Selection | None") -> str:

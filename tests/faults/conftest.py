@@ -45,16 +45,29 @@ def world(postgres_server: PostgresServer) -> Iterator[World]:
     mlflow.stop()
 
 
-@pytest.fixture
-def settings(world: World, tmp_path: Path) -> Settings:
-    """Settings for a service of the test's own."""
-    return world.platform.settings(tmp_path).model_copy(update={"api_port": free_port()})
+@pytest.fixture(autouse=True)
+def _replay(world: World) -> Iterator[None]:
+    """What the test logged must replay to the last bit."""
+    yield
+    world.check_replay()
 
 
 @pytest.fixture(scope="session")
-def shared_service(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def workers() -> int:
+    """Of the service; a test may be parametrized by them."""
+    return 1
+
+
+@pytest.fixture
+def settings(world: World, tmp_path: Path, workers: int) -> Settings:
+    """Settings for a service of the test's own."""
+    return world.platform.settings(tmp_path).model_copy(update={"api_port": free_port(), "workers": workers})
+
+
+@pytest.fixture(scope="session")
+def shared_service(world: World, tmp_path_factory: pytest.TempPathFactory, workers: int) -> Iterator[Service]:
     settings = world.platform.settings(tmp_path_factory.mktemp("shared"))
-    with started(settings.model_copy(update={"api_port": free_port()})) as service:
+    with started(settings.model_copy(update={"api_port": free_port(), "workers": workers})) as service:
         yield service
 
 

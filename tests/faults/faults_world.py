@@ -10,14 +10,19 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
 
 import httpx
+import msgspec
 import psutil
-from serving_world import FEATURES, FURTHER_FEATURES, Platform, eventually, problem
+from governed import evidence
+from psycopg.types.json import Jsonb
+from serving_world import FEATURES, FURTHER_FEATURES, JANUARY, Platform, eventually, metrics_of, problem
 
+from streamflow import pipeline, predictions
 from streamflow.database import Database
 from streamflow.embedded import _Server
 from streamflow.scoring import Scorer
@@ -30,8 +35,19 @@ PATIENCE_S = 10.0
 """How long a client waits for an answer; longer than anything may take."""
 RETURN_S = 10.0
 """How long the service may take to be good again."""
-RETRY_AFTER = {"feature-store-unavailable": "2", "prediction-log-full": "2", "no-model": "5", "overloaded": "1"}
-"""The documented 503s of a prediction."""
+PROBLEMS = {
+    "feature-store-unavailable": (503, "2"),
+    "prediction-log-full": (503, "2"),
+    "no-model": (503, "5"),
+    "incomplete-features": (422, None),
+}
+"""The status of what may be answered for a known customer in place of features or a prediction, and its Retry-After."""
+PREDICT, BATCH, FEATURES_OF = "/predict", "/predict/batch", "/features/"
+TURNS = (BATCH, PREDICT, FEATURES_OF, PREDICT, PREDICT)
+"""What a client asks for in turn; as many as have no divisor in common with the number of users."""
+BATCH_USERS = 4
+WORKERS_ASKED = 12
+"""Connections that are tried for an answer of each of several workers."""
 
 
 # --- PostgreSQL -------------------------------------------------------------------------------------------------------
@@ -75,7 +91,8 @@ class PostgresServer:
 class Answer:
     """What came of one request; ``response`` is None and ``error`` says why where nothing came."""
 
-    user_id: str
+    route: str
+    user_ids: list[str]
     sent: float
     received: float
     response: httpx.Response | None
@@ -85,26 +102,39 @@ class Answer:
     def status(self) -> int | None:
         return None if self.response is None else self.response.status_code
 
-    @property
+    @cached_property
     def body(self) -> dict[str, Any]:
         assert self.response is not None
         content: dict[str, Any] = self.response.json()
         return content
 
+    @cached_property
+    def outcomes(self) -> list[dict[str, Any]]:
+        """What it says of each user: a prediction, features or a problem."""
+        return list(self.body["results"]) if self.route == BATCH and self.status == 200 else [self.body]
+
+    @property
+    def predictions(self) -> list[dict[str, Any]]:
+        return [outcome for outcome in self.outcomes if "probability" in outcome] if self.response else []
+
 
 class Load:
-    """Clients that ask for predictions of the users in turn, each as fast as it is answered, while the context is open.
+    """Clients that ask for predictions, batches and features of the users in turn while the context is open.
 
-    All of them send ``name`` as their request id, by which the prediction log tells what they caused.
+    Each asks ``pause_s`` after it is answered. All of them send ``name`` as their request id, by which the prediction
+    log tells what they caused.
     """
 
-    def __init__(self, port: int, users: Mapping[str, object]) -> None:
+    def __init__(self, port: int, users: Mapping[str, object], pause_s: float = PAUSE_S) -> None:
         self.name = f"load-{uuid4()}"
         self.answers: list[Answer] = []
         self._url = f"http://127.0.0.1:{port}"
         self._users = list(users)
+        self._pause_s = pause_s
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(CLIENTS)]
+        self._threads = [
+            threading.Thread(target=self._ask, args=(2 * len(TURNS) * number,)) for number in range(CLIENTS)
+        ]
 
     def __enter__(self) -> Self:
         for thread in self._threads:
@@ -119,14 +149,16 @@ class Load:
     def _ask(self, number: int) -> None:
         headers = {"X-Request-ID": self.name}
         with httpx.Client(base_url=self._url, timeout=PATIENCE_S, headers=headers, trust_env=False) as client:
-            while not self._stop.wait(PAUSE_S):
+            while not self._stop.wait(self._pause_s):
                 number += 1
-                user_id, sent = self._users[number % len(self._users)], time.monotonic()
+                route, sent = TURNS[number % len(TURNS)], time.monotonic()
+                asked = [self._users[(number + n) % len(self._users)] for n in range(BATCH_USERS)]
+                asked = asked if route == BATCH else asked[:1]
                 try:
-                    response, error = client.post("/predict", json={"user_id": user_id}), ""
+                    response, error = _sent(client, route, asked), ""
                 except httpx.TransportError as failure:
                     response, error = None, repr(failure)
-                self.answers.append(Answer(user_id, sent, time.monotonic(), response, error))
+                self.answers.append(Answer(route, asked, sent, time.monotonic(), response, error))
 
     def between(self, start: float, end: float = float("inf")) -> list[Answer]:
         """The answers to what was asked after the start and answered before the end."""
@@ -138,8 +170,19 @@ class Load:
         eventually(lambda: sum(one.status == status for one in self.between(start)) >= count, within_s=within_s)
 
     @property
-    def predictions(self) -> list[Answer]:
-        return [one for one in self.answers if one.status == 200]
+    def predictions(self) -> list[dict[str, Any]]:
+        return [prediction for one in self.answers for prediction in one.predictions]
+
+
+def _sent(client: httpx.Client, route: str, user_ids: list[str]) -> httpx.Response:
+    (first, *_) = user_ids
+    match route:
+        case "/predict":
+            return client.post(route, json={"user_id": first})
+        case "/predict/batch":
+            return client.post(route, json={"user_ids": user_ids})
+        case _:
+            return client.get(f"{route}{first}")
 
 
 # --- the platform -----------------------------------------------------------------------------------------------------
@@ -163,7 +206,8 @@ class World:
 
     def register(self, version: int, artifact: bytes, threshold: float) -> None:
         self.models[version] = (Scorer.from_bytes(artifact), threshold)
-        self.platform.register(version, artifact, threshold=threshold)
+        about = Jsonb(msgspec.to_builtins(evidence()))
+        self.platform.register(version, artifact, threshold=threshold, evidence=about)
 
     def expected(self, user_id: str, version: int) -> dict[str, Any]:
         """What a prediction must say."""
@@ -192,32 +236,60 @@ class World:
         assert len(found) == len(rows), "a prediction is logged twice"
         return found
 
-    def check_answers(self, load: Load, *unavailable: str) -> None:
-        """Every answer is the right prediction or one of these 503s."""
-        assert load.predictions
-        self.check(load.answers, *unavailable)
+    def check_answers(self, load: Load, *problems: str) -> None:
+        """Every answer is right, or one of these problems; all routes were asked with success."""
+        assert {one.route for one in load.answers if one.status == 200} == set(TURNS)
+        self.check(load.answers, *problems)
 
-    def check(self, answers: list[Answer], *unavailable: str) -> None:
+    def check(self, answers: list[Answer], *problems: str) -> None:
         for one in answers:
             assert one.response is not None, one.error
-            if one.status == 200:
-                expected = self.expected(one.user_id, one.body["model_version"])
-                assert {name: one.body[name] for name in expected} == expected, (one.body, expected)
-                assert one.body["request_id"] == one.response.headers["x-request-id"]
-            else:
+            if one.status != 200:
                 name = one.body["type"].rpartition(":")[2]
-                problem(one.response, 503, name)
-                assert name in unavailable, name
-                assert one.response.headers["retry-after"] == RETRY_AFTER[name]
+                assert name in problems, name
+                status, retry_after = PROBLEMS[name]
+                problem(one.response, status, name)
+                assert one.response.headers.get("retry-after") == retry_after
+            elif one.route == FEATURES_OF:
+                features = self.expected(*one.user_ids, 1)["features_used"]
+                found = {"user_id": one.user_ids[0], "as_of": str(JANUARY.as_of), "features": features}
+                assert one.body == found
+            else:
+                self._check_outcomes(one, problems)
+
+    def _check_outcomes(self, answer: Answer, problems: tuple[str, ...]) -> None:
+        for user_id, outcome in zip(answer.user_ids, answer.outcomes, strict=True):
+            if "probability" not in outcome:
+                assert outcome["type"].rpartition(":")[2] in problems, outcome
+                continue
+            expected = self.expected(user_id, outcome["model_version"])
+            assert {name: outcome[name] for name in expected} == expected, (outcome, expected)
+        assert len({one["model_version"] for one in answer.predictions}) <= 1, "versions are mixed"
+        if answer.route == PREDICT:
+            assert answer.response
+            assert answer.body["request_id"] == answer.response.headers["x-request-id"]
 
     def check_log(self, load: Load) -> None:
         """Every prediction that was answered gets into the log, once and as answered, and nothing else does."""
-        eventually(lambda: len(self.logged(load)) >= len(load.predictions))
+        answers = load.predictions
+        eventually(lambda: len(self.logged(load)) >= len(answers))
         logged = {request_id: row[:-1] for request_id, row in self.logged(load).items()}
         columns = ("user_id", "probability", "threshold", "model_version")
-        bodies = [one.body for one in load.predictions]
-        answered = {body["request_id"]: tuple(body[name] for name in columns) for body in bodies}
+        answered = {body["request_id"]: tuple(body[name] for name in columns) for body in answers}
+        assert len(answered) == len(answers), "a request id was given twice"
         assert logged == answered, f"not logged, or not answered: {logged.items() ^ answered.items()}"
+
+    def check_replay(self) -> None:
+        """All that is logged, also before, comes out the same to the last bit, as for `streamflow replay --all`."""
+        installed = pipeline.Platform(self.platform.settings(Path("nowhere")), self.database)
+        vars(installed)["registry"] = self
+        summary = predictions.summarize(predictions.replay_all(installed))
+        assert summary.count > 0
+        assert summary.identical == summary.count, summary.named
+
+    def scorer(self, run_id: str) -> bytes:
+        """As `Registry.scorer`."""
+        return self.platform.mlflow.files[run_id, "scorer.bin"]
 
 
 # --- the service ------------------------------------------------------------------------------------------------------
@@ -226,16 +298,17 @@ class World:
 class Service:
     """The service as its own process; ``events`` are what it has logged."""
 
-    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], settings: Settings, log: Path) -> None:
         self.process = process
-        self.port = port
+        self.port = settings.api_port
+        self._asked = WORKERS_ASKED if settings.workers > 1 else 1
         self._log = log
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S, trust_env=False)
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE_S, trust_env=False)
 
     def readiness(self) -> tuple[int, str]:
         """The status of ``/ready`` and what the answer says; 0 where nobody answers."""
         try:
-            answer = self.client.get("/ready")
+            answer = self.client.get("/ready", headers={"Connection": "close"})  # the next may be another worker's
         except httpx.TransportError as failure:
             return 0, repr(failure)
         if answer.status_code == 503:
@@ -244,12 +317,23 @@ class Service:
         return answer.status_code, answer.text
 
     def becomes(self, status: int, says: str = "", within_s: float = RETURN_S) -> None:
-        """Wait until ``/ready`` answers with this status and, if given, state."""
-        eventually(lambda: self._is(status, says), within_s=within_s)
+        """Wait until ``/ready`` answers with this status and, if given, state; by each worker as far as one can see."""
+        eventually(lambda: all(self._is(status, says) for _ in range(self._asked)), within_s=within_s)
 
     def _is(self, status: int, says: str) -> bool:
         found, answer = self.readiness()
         return found == status and (not says or json.loads(answer)["status"] == says)
+
+    def total(self, name: str) -> float:
+        """A metric, of all workers together."""
+        return sum(value for (full, _), value in metrics_of(self.client).items() if full == f"streamflow_{name}")
+
+    def kill(self) -> None:
+        """SIGKILL, for all of its processes at once."""
+        processes = [*psutil.Process(self.process.pid).children(recursive=True), self.process]
+        for process in processes:
+            process.kill()
+        self.process.wait()
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -282,7 +366,7 @@ def started(settings: Settings, patch: str | None = None) -> Iterator[Service]:
         log.open("wb") as stderr,
         subprocess.Popen([sys.executable, *command], env=environment, cwd=PROJECT_ROOT, stderr=stderr) as process,
     ):
-        service = Service(process, settings.api_port, log)
+        service = Service(process, settings, log)
         try:
             service.becomes(200, within_s=60)
             yield service

@@ -32,7 +32,7 @@ def test_a_clock_that_is_set_back(world: World, settings: Settings) -> None:
     assert {one.status for one in load.answers} == {200}
     world.check_answers(load)
     world.check_log(load)
-    times = [datetime.fromisoformat(one.body["timestamp"]) for one in load.answers]
+    times = [datetime.fromisoformat(one["timestamp"]) for one in load.predictions]
     assert set(times) == {BEFORE, BEFORE - BACK}
     logged = world.logged(load).values()
     assert Counter(row[-1] for row in logged) == Counter(times)

@@ -4,7 +4,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from faults_world import RETURN_S, Load, PostgresServer, Service, World
+from faults_world import RETURN_S, TURNS, Load, PostgresServer, Service, World
 from serving_world import eventually, problem
 
 from serving.postgres import CONNECTIONS
@@ -13,6 +13,7 @@ from streamflow.contract import CONTRACT
 AWAY = "feature-store-unavailable"
 
 
+@pytest.mark.parametrize("workers", [1, 2], scope="session")
 @pytest.mark.parametrize("fault", ["stopped", "frozen"])
 def test_a_server_that_is_away_and_returns(
     fault: str, postgres_server: PostgresServer, world: World, service: Service
@@ -73,19 +74,21 @@ def test_a_view_that_is_there_for_half_of_the_customers(world: World, service: S
         load.goes_on()
         world.platform.execute(f"DELETE FROM online.{view.name} WHERE user_id = ANY(%s)", without)
         gone = time.monotonic()
-        load.goes_on(422)
+        load.goes_on(422, count=60)
         returns = time.monotonic()
         assert service.readiness()[0] == 200
         for user_id in without:
             world.platform.publish(user_id, views=[view.name], **world.users[user_id])
         back = time.monotonic()
         load.goes_on()
-    incomplete = [one for one in load.answers if one.status == 422]
-    for one in incomplete:
-        assert one.response is not None
-        assert problem(one.response, 422, "incomplete-features")["missing_features"] == names
-    assert {one.user_id for one in load.between(gone, returns) if one.status != 200} == set(without)
-    assert {one.user_id for one in load.between(gone, returns) if one.status == 200} == set(world.users) - set(without)
-    assert {one.status for one in load.between(back)} == {200}
-    world.check([one for one in load.answers if one.status != 422])
+    outcomes = [
+        (one.route, user_id, outcome.get("missing_features"))
+        for one in load.between(gone, returns)
+        for user_id, outcome in zip(one.user_ids, one.outcomes, strict=True)
+    ]
+    for route in {*TURNS}:
+        found = {user_id: missing for asked, user_id, missing in outcomes if asked == route}
+        assert found == {user_id: names if user_id in without else None for user_id in world.users}
+    assert {outcome.get("status", 200) for one in load.between(back) for outcome in one.outcomes} == {200}
+    world.check_answers(load, "incomplete-features")
     world.check_log(load)

@@ -11,15 +11,18 @@ import psutil
 import psycopg
 import pytest
 from dagster import AssetCheckKey, AssetKey, DagsterEventType, DagsterRun, DagsterRunStatus
+from dagster._core.definitions.data_version import CachingStaleStatusResolver
+from dagster._core.loader import LoadingContextForTest
 
-from streamflow import pipeline, stack
+from streamflow import loop, pipeline, scores, stack
 from streamflow.landing import LandingZone
 from streamflow.months import Month
 from streamflow.pipeline import Platform
 from streamflow.settings import Settings
 from streamflow.simulate import simulate
-from streamflow.status import month_statuses
+from streamflow.status import month_statuses, needs_labels, relations
 from streamflow_dagster import runner
+from streamflow_dagster.definitions import build_definitions
 
 JANUARY, FEBRUARY, MARCH = Month.parse_range("2024-01..2024-03")
 NOW = datetime(2024, 4, 1, tzinfo=UTC)
@@ -59,17 +62,21 @@ def land(platform, month, *, labelled=True):
     return LandingZone(platform.settings.home).land(folder, month, NOW)
 
 
-def run(dagster, month, *, labelled=True):
+def run(platform, dagster, month, training=None):
+    """The month as `streamflow run MONTH` runs it: how its main run ended, and the assets that were told of."""
     told = []
-    done = runner.run_month(dagster, month, labelled=labelled, progress=told.append)
-    return done, told
+    runs = [
+        runner.run_assets(dagster, month, step.assets, training=training, progress=told.append)
+        for step in loop.whole_months(platform, [month])
+    ]
+    return runs[0], told
 
 
 @pytest.fixture(scope="module")
 def february(platform, dagster):
     """The second month first, materialized whole."""
     land(platform, FEBRUARY)
-    return run(dagster, FEBRUARY)
+    return run(platform, dagster, FEBRUARY)
 
 
 def metadata(dagster, asset, month):
@@ -94,8 +101,18 @@ def check_states(dagster, asset, check):
 def test_a_month_goes_through_the_whole_graph_and_every_asset_is_told(february):
     done, told = february
     assert done.failures == {}
-    assert len(told) == len(set(told)) == runner.assets_of(labelled=True) == 20
+    assert set(told) == set(relations())
     assert told.index("users") < told.index("usage_agg_30d_snapshots") < told.index("usage_agg_30d_fv")
+
+
+def test_the_first_month_is_scored_by_the_model_that_it_gave_rise_to(platform, february):
+    """Scored in vain before its model, reported on after it."""
+    _, told = february
+    trained, reported = told.index("registered_model_version"), told.index("drift_report")
+    assert told.index("churn_scores") < trained < reported
+    assert told.count("churn_scores") == 2
+    assert told.count("performance_report") == 1
+    assert scores.load(platform.database, FEBRUARY).version == 1
 
 
 def test_metadata_says_rows_digest_revision_duration_and_links(platform, dagster, february):
@@ -116,6 +133,7 @@ def test_metadata_says_rows_digest_revision_duration_and_links(platform, dagster
     assert model["model card"] == f"{model['MLflow run']}/artifacts/model_card.html"
     assert "| auc | 0." in model["metrics"]
     assert f"**{model['estimator']}** | {model['feature service']} |" in model["candidates"]
+    assert "2024-02 is learned from alone" in model["window"]
     version = metadata(dagster, "registered_model_version", FEBRUARY)
     assert version["version"] == 1
     assert version["promoted"] is True
@@ -148,7 +166,7 @@ def bad_january(platform, dagster, database, february):
             EXECUTE FUNCTION streamflow.lose_one();
             """
         )
-    outcomes = run(dagster, JANUARY), run(dagster, MARCH, labelled=False)
+    outcomes = run(platform, dagster, JANUARY), run(platform, dagster, MARCH)
     with psycopg.connect(database.owner_url) as connection:
         connection.execute("DROP FUNCTION streamflow.lose_one() CASCADE")
     return outcomes
@@ -175,8 +193,7 @@ def test_a_bad_month_does_not_stop_another_and_shows_under_its_own(dagster, bad_
 
 def test_a_month_without_labels_has_its_features_online_and_trains_nothing(platform, bad_january):
     _, (march, told) = bad_january
-    assert len(told) == runner.assets_of(labelled=False) == 16
-    assert "labels" not in told
+    assert set(told) == {name for name in relations() if not needs_labels(name)}
     states = {one.month: one.state for one in month_statuses(platform)}
     assert states["2024-03"] == "unlabelled"
     assert states["2024-02"] == "complete"
@@ -190,24 +207,52 @@ def test_the_mended_month_and_late_labels_complete_everything(platform, dagster,
     shutil.copy(folder / "labels.csv", only_labels)
     assert list(LandingZone(platform.settings.home).land(only_labels, MARCH, NOW).changed) == ["labels"]
     for month in (JANUARY, MARCH):
-        done, _ = run(dagster, month)
+        done, _ = run(platform, dagster, month)
         assert done.failures == {}
-    assert {one.state for one in month_statuses(platform)} == {"complete"}
+    assert {one.month: one.state for one in month_statuses(platform)} == {
+        "2024-01": "complete",
+        "2024-02": "stale",
+        "2024-03": "complete",
+    }
     assert [version.as_of.month for version in platform.ledger.versions()] == [2, 1, 3]
     assert platform.ledger.production() == 1
 
 
+def stale_causes(dagster, asset, month):
+    """Of which month of which asset Dagster says that it has changed since."""
+    graph = build_definitions().resolve_asset_graph()
+    resolver = CachingStaleStatusResolver(dagster, graph, LoadingContextForTest(dagster))
+    causes = resolver.get_stale_causes(AssetKey(asset), str(month))
+    return {(one.dependency.asset_key.to_user_string(), one.dependency.partition_key) for one in causes}
+
+
+def test_an_earlier_month_that_arrives_later_makes_a_model_stale_until_it_is_considered(platform, dagster):
+    assert stale_causes(dagster, "churn_model", FEBRUARY) == {("training_dataset", "2024-01")}
+    assert stale_causes(dagster, "churn_model", JANUARY) == set()
+    assert stale_causes(dagster, "churn_model", MARCH) == set()
+    assert [one.stale for one in month_statuses(platform)] == [(), ("churn_model", "registered_model_version"), ()]
+    assert "| 2024-01 2024-02 2024-03 |" in metadata(dagster, "churn_model", MARCH)["window"]
+
+    done, _ = run(platform, dagster, FEBRUARY)
+    assert done.failures == {}
+    assert stale_causes(dagster, "churn_model", FEBRUARY) == set()
+    assert {one.state for one in month_statuses(platform)} == {"complete"}
+    told = metadata(dagster, "churn_model", FEBRUARY)
+    assert "| 2024-01 2024-02 |" in told["window"]
+    assert set(told["made from"]) == {"training_dataset", "training_dataset 2024-01"}
+
+
 def test_a_person_can_train_an_estimator_by_name_from_the_launchpad(platform, dagster, february):
     choice = {"estimator": "random_forest_baseline", "service": "churn_v1"}
-    done = runner.run_month(dagster, FEBRUARY, labelled=True, choice=choice, progress=lambda _: None)
+    done, _ = run(platform, dagster, FEBRUARY, choice)
     assert done.failures == {}
     newest = platform.ledger.versions()[-1]
     assert (newest.lineage["estimator"], newest.service) == ("random_forest_baseline", "churn_v1")
     assert (newest.lineage["estimator_by_name"], newest.threshold) == ("random_forest_baseline", 0.5)
 
 
-def test_an_unknown_estimator_fails_with_what_there_is(dagster, february):
-    done = runner.run_month(dagster, FEBRUARY, labelled=True, choice={"estimator": "oracle"}, progress=lambda _: None)
+def test_an_unknown_estimator_fails_with_what_there_is(platform, dagster, february):
+    done, _ = run(platform, dagster, FEBRUARY, {"estimator": "oracle"})
     assert "there is no estimator 'oracle'; training.toml has logistic_regression" in done.failures["churn_model"]
 
 

@@ -18,7 +18,7 @@ from streamflow.features import online_digest
 from streamflow.months import Month
 from streamflow.pipeline import CHURN_MODEL, TRAINING_DATASET, Platform
 from streamflow.settings import Settings
-from streamflow.simulate import simulate
+from streamflow.simulate import Scenario, simulate
 from streamflow.warehouse import month_writes
 
 MONTHS = [Month.parse("2024-01"), Month.parse("2024-02")]
@@ -36,8 +36,9 @@ def free_ports(count):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
+    """In the second month churn follows another rule, so that there is reason to train again."""
     folder = tmp_path_factory.mktemp("data")
-    simulate(folder, MONTHS, users=USERS)
+    simulate(folder, MONTHS, users=USERS, scenario=Scenario(concept_drift_from=MONTHS[1]))
     return folder
 
 

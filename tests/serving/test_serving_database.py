@@ -1,5 +1,6 @@
 """The database away, restarted and silent: 503 at once, no wrong answer, good again by itself."""
 
+import asyncio
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ import psutil
 import pytest
 from serving_world import KNOWN, Mlflow, Platform, accept_connections, eventually, make_tables, predict, problem
 
+from serving.postgres import CONNECTIONS, Postgres
 from streamflow.database import Database
 from streamflow.embedded import postgres
 from streamflow.settings import Settings
@@ -176,3 +178,24 @@ def test_a_server_that_restarts(
             eventually(lambda: predict(api).status_code == 200)
             eventually(lambda: api.get("/ready").status_code == 200)
             assert {**predict(api).json(), "request_id": ""} == {**before, "request_id": ""}
+
+
+def test_queries_share_a_few_connections_and_one_that_is_given_up_loses_its_own(server: Database) -> None:
+    async def backend(postgres: Postgres, seconds: float = 0) -> int:
+        ((backend, _),) = await postgres.fetch("SELECT pg_backend_pid(), pg_sleep($1)", seconds)
+        return int(backend)
+
+    async def ask() -> None:
+        async with Postgres(server.url) as postgres:
+            one_by_one = {await backend(postgres) for _ in range(3)}
+            assert len(one_by_one) == 1
+            at_once = set(await asyncio.gather(*(backend(postgres, 0.02) for _ in range(3 * CONNECTIONS))))
+            assert one_by_one < at_once
+            assert len(at_once) == CONNECTIONS
+            for _ in range(2 * CONNECTIONS):
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.05):
+                        await backend(postgres, 1.4)
+            assert await backend(postgres) not in at_once
+
+    asyncio.run(ask())

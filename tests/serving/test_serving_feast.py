@@ -1,10 +1,8 @@
 """What the service reads is what Feast answers; and Redis away, silent, empty, while PostgreSQL is there or not."""
 
 import asyncio
-import shutil
 import signal
-import socket
-import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
@@ -15,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import redis
+from scratch_redis import RedisServer, redis_of_its_own
 from serving_world import (
     BASELINE,
     FEATURES,
@@ -37,6 +36,7 @@ from serving.schemas import MAX_BATCH
 from streamflow import features
 from streamflow.contract import CONTRACT, FeatureService
 from streamflow.database import Database
+from streamflow.errors import OnlineStoreUnavailable
 from streamflow.months import Month
 from streamflow.scoring import ScorerFeature
 from streamflow.settings import PROJECT_ROOT
@@ -134,45 +134,24 @@ def test_many_users_are_one_question_to_feast(published: Published, monkeypatch:
     assert isinstance(read[3], UnknownUser)
 
 
+def test_a_batch_is_given_the_time_that_feast_takes_for_it(
+    month: tuple[Database, list[str]], redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.feast_features.READ_S", 0.1)
+    monkeypatch.setattr(FeastFeatureStore, "_read", lambda *_: time.sleep(0.4))
+    store, query = FeastFeatureStore(month[0].url, redis_url), query_of(CONTRACT.service("churn_v1"))
+    asyncio.run(store.read(query, ["one"] * MAX_BATCH))
+    with pytest.raises(OnlineStoreUnavailable, match="in time"):
+        asyncio.run(store.read(query, ["one"]))
+
+
 # --- faults -----------------------------------------------------------------------------------------------------
-
-
-class RedisServer:
-    """A Redis of the test's own, which it may stop."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = int(probe.getsockname()[1])
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self._folder = folder
-        self.start()
-
-    def start(self) -> None:
-        command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder)]
-        self.process = subprocess.Popen([*command, "--appendonly", "yes"], stdout=subprocess.DEVNULL)
-        eventually(self._answers)
-
-    def _answers(self) -> bool:
-        try:
-            return bool(redis.Redis.from_url(self.url).ping())
-        except redis.ConnectionError:
-            return False
-
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
-        self.process.terminate()
-        self.process.wait(10)
 
 
 @pytest.fixture
 def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
-    if not shutil.which("redis-server"):
-        pytest.skip("no redis-server to start and stop")
-    folder = tmp_path / "redis"
-    folder.mkdir()
-    server = RedisServer(folder)
-    yield server
-    server.stop()
+    with redis_of_its_own(tmp_path) as server:
+        yield server
 
 
 @pytest.fixture

@@ -7,12 +7,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
 import pytest
 from serving_world import KNOWN, eventually, problem, running
 
+from serving.protocol import MAX_HEAD
 from streamflow.api_keys import make_key
 from streamflow.settings import Settings
 
@@ -28,9 +30,13 @@ def _answer(api: httpx.Client, *sent: bytes, ended: bool = False) -> httpx.Respo
         connection.sendall(b"".join(sent))
         if ended:
             connection.shutdown(socket.SHUT_WR)
-        answer = http.client.HTTPResponse(connection)
-        answer.begin()
-        return httpx.Response(answer.status, headers=answer.getheaders(), content=answer.read())
+        return _read(connection)
+
+
+def _read(connection: socket.socket) -> httpx.Response:
+    answer = http.client.HTTPResponse(connection)
+    answer.begin()
+    return httpx.Response(answer.status, headers=answer.getheaders(), content=answer.read())
 
 
 def _get(path: bytes, *headers: bytes) -> bytes:
@@ -52,7 +58,6 @@ def _chunked(*chunks: bytes) -> bytes:
         b"GET /health HTTP/9.9\r\n\r\n",
         b"FROB /predict HTTP/1.1\r\n\r\n",
         b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n",
-        _get(b"/features/" + b"a" * 100_000),
         _get(b"/features/a\x00b"),
         _get(b"/features/\xc3\xa9"),
         _get(b"/health", b"X A\x00: b"),
@@ -69,6 +74,45 @@ def test_what_is_not_http_is_400(shared_api: httpx.Client, sent: bytes) -> None:
     answer = _answer(shared_api, sent)
     assert problem(answer, 400, "malformed-request")["detail"] == "Invalid HTTP request received."
     assert answer.headers["connection"] == "close"
+
+
+def _padded(size: int) -> bytes:
+    """A head of that many bytes."""
+    with_nothing = _get(b"/health", b"X-Padding: ")
+    return _get(b"/health", b"X-Padding: " + b"a" * (size - len(with_nothing)))
+
+
+@pytest.mark.parametrize("given", [b"", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"], ids=["first", "after another"])
+def test_a_head_may_have_so_many_bytes(shared_api: httpx.Client, given: bytes) -> None:
+    assert len(_padded(MAX_HEAD)) == MAX_HEAD
+    with socket.create_connection(("127.0.0.1", shared_api.base_url.port or 0), timeout=PATIENCE_S) as connection:
+        if given:
+            connection.sendall(given)
+            assert _read(connection).status_code == 200
+        connection.sendall(_padded(MAX_HEAD))
+        assert _read(connection).status_code == 200
+        connection.sendall(_padded(MAX_HEAD + 1))
+        assert "larger than 32768 bytes" in problem(_read(connection), 400, "malformed-request")["detail"]
+
+
+ENDLESS = {
+    "path": (b"GET /features/", b"a"),
+    "header": (b"GET /health HTTP/1.1\r\nX-Header: ", b"a"),
+    "headers": (b"GET /health HTTP/1.1\r\n", b"X-Header: abcdef\r\n"),
+    "header name": (b"GET /health HTTP/1.1\r\n", b"X"),
+    "blank lines": (b"", b"\r\n"),
+    "trailers": (POST + b"Transfer-Encoding: chunked\r\n\r\n1\r\n \r\n0\r\n", b"X-Trailer: abcdef\r\n"),
+    "extension of a chunk": (POST + b"Transfer-Encoding: chunked\r\n\r\n1;", b"a"),
+}
+
+
+@pytest.mark.parametrize("part", ENDLESS)
+def test_what_is_no_body_and_does_not_end_is_refused(shared_api: httpx.Client, part: str) -> None:
+    begin, more = ENDLESS[part]
+    with socket.create_connection(("127.0.0.1", shared_api.base_url.port or 0), timeout=PATIENCE_S) as connection:
+        with suppress(ConnectionError):
+            connection.sendall(begin + more * 2**20)
+        assert "larger than 32768 bytes" in problem(_read(connection), 400, "malformed-request")["detail"]
 
 
 @pytest.mark.parametrize(

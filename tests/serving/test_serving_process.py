@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ import psutil
 import pytest
 from serving_world import KNOWN, HalfRequest, Platform, eventually, metric, metrics_of
 
+from streamflow.api_keys import make_key
 from streamflow.settings import PROJECT_ROOT, Settings
 
 HEAVY = ("mlflow", "feast", "sklearn", "pandas", "pyarrow", "dagster", "sqlalchemy", "alembic", "matplotlib")
@@ -187,6 +189,42 @@ def test_workers_that_are_killed_are_replaced_and_end_with_their_parent(
     assert left == [], "workers without a parent keep the port"
     with socket.create_server(("127.0.0.1", port)):
         pass
+
+
+def test_several_workers_read_the_keys_anew_on_a_hangup(
+    platform: Platform, settings: Settings, artifacts: tuple[bytes, bytes], port: int, tmp_path: Path
+) -> None:
+    platform.promote(1, artifacts[0])
+    file = tmp_path / "api_keys"
+    old = make_key(file, "old")
+    settings = settings.model_copy(update={"api_port": port, "workers": 2, "api_keys_file": file})
+    command = [sys.executable, "-m", "serving"]
+    with subprocess.Popen(command, env=_environment(settings), cwd=PROJECT_ROOT, stderr=subprocess.PIPE) as process:
+        try:
+            eventually(lambda: _statuses(port, old) == {200}, within_s=60)
+            file.unlink()
+            new = make_key(file, "new")
+            assert _statuses(port, new) == {401}
+            process.send_signal(signal.SIGHUP)
+            eventually(lambda: (_statuses(port, new), _statuses(port, old)) == ({200}, {401}), within_s=60)
+            process.terminate()
+            _, log = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert not [event for event in _events(log) if event["level"] == "error"]
+
+
+def _statuses(port: int, key: str) -> set[int | None]:
+    """Of answers on several connections, which either worker may take; None where there is no answer."""
+    found: set[int | None] = set()
+    with httpx.Client(headers={"X-API-Key": key, "Connection": "close"}) as client:
+        for _ in range(12):
+            try:
+                found.add(client.get(f"http://127.0.0.1:{port}/model").status_code)
+            except httpx.TransportError:
+                found.add(None)
+    return found
 
 
 WRONG = (

@@ -1,0 +1,263 @@
+"""Months that land while nobody looks: what the sensors request, run as the daemon would, until nothing is due."""
+
+import shutil
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from unittest import mock
+from uuid import uuid4
+
+import pytest
+from dagster import (
+    AssetKey,
+    DagsterInstance,
+    RunRequest,
+    SkipReason,
+    build_sensor_context,
+    evaluate_automation_conditions,
+)
+
+from streamflow import loop, monitoring, pipeline, scores, stack
+from streamflow.contract import CONTRACT
+from streamflow.landing import LandingZone
+from streamflow.months import Month
+from streamflow.pipeline import Platform
+from streamflow.settings import Settings
+from streamflow.simulate import Scenario, simulate
+from streamflow.status import month_statuses
+from streamflow_dagster import runner
+from streamflow_dagster.definitions import defs
+from streamflow_dagster.defs import automation
+from streamflow_dagster.defs.resources import PlatformResource
+
+JANUARY, FEBRUARY, MARCH, APRIL = Month.parse_range("2024-01..2024-04")
+NOW = datetime(2024, 5, 1, tzinfo=UTC)
+USERS = 2500
+TABLES = [table.name for table in CONTRACT.tables]
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory, database, quick_training_file):
+    """The concept of churn changes in February and then stays; March has no labels yet."""
+    home = tmp_path_factory.mktemp("loop")
+    world = Scenario(concept_drift_from=FEBRUARY, season=0.0)
+    simulate(home / "data", [JANUARY, FEBRUARY, MARCH, APRIL], users=USERS, scenario=world)
+    settings = Settings(
+        home=home,
+        database_url=database.url,
+        owner_database_url=database.owner_url,
+        training_file=quick_training_file,
+        policy="auto",
+        actor="tester",
+    )
+    with mock.patch.dict("os.environ", stack.environment(settings, database)):
+        pipeline.prepare(Platform(settings, database))
+        yield Platform(settings, database)
+
+
+@pytest.fixture(scope="module")
+def dagster(platform):
+    with runner.instance() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def daemon(platform, dagster):
+    return Daemon(platform, dagster)
+
+
+class Daemon:
+    """Evaluates the sensors and runs what they request, in this process; forgets run keys when told to."""
+
+    def __init__(self, platform: Platform, instance: DagsterInstance) -> None:
+        self.instance = instance
+        self.platform = platform
+        self.keys: list[str] = []
+        self.runs: list[tuple[str, set[str]]] = []
+
+    def evaluate(self, sensor) -> RunRequest | SkipReason:
+        given = self.platform
+
+        class Core(PlatformResource):
+            @contextmanager
+            def yield_for_execution(self, context):
+                yield self
+
+            @property
+            def platform(self):
+                return given
+
+            def now(self):
+                return NOW
+
+        with build_sensor_context(instance=self.instance, resources={"core": Core()}) as context:
+            return sensor(context)
+
+    def work(self) -> list[tuple[str, set[str]]]:
+        """Until no sensor requests anything that it had not requested before; the runs as month and assets."""
+        begun = len(self.runs)
+        while any(self._tick(sensor) for sensor in (automation.landed_months, automation.retraining)):
+            pass
+        return self.runs[begun:]
+
+    def _tick(self, sensor) -> bool:
+        request = self.evaluate(sensor)
+        if isinstance(request, SkipReason) or request.run_key in self.keys:
+            return False
+        self.keys.append(request.run_key)
+        job = defs.resolve_job_def(request.job_name or sensor.jobs[0].name)
+        done = job.execute_in_process(
+            instance=self.instance,
+            partition_key=request.partition_key,
+            asset_selection=request.asset_selection,
+            run_config={**runner.QUIET, **request.run_config},
+            tags={**request.tags, automation.RUN_KEY: request.run_key},
+            raise_on_error=False,
+            run_id=str(uuid4()),
+        )
+        made = {event.asset_key.to_user_string() for event in done.get_asset_materialization_events()}
+        self.runs.append((request.partition_key, made))
+        return True
+
+
+def land(platform, month, *tables):
+    """Land the month's files, or those of some tables only."""
+    folder = platform.settings.home / "data" / str(month)
+    if tables:
+        part = platform.settings.home / f"part-{uuid4()}"
+        part.mkdir()
+        for table in tables:
+            shutil.copy(folder / f"{table}.csv", part)
+        folder = part
+    return LandingZone(platform.settings.home).land(folder, month, NOW)
+
+
+MODEL = {"churn_model", "registered_model_version"}
+REPORTED = {"churn_scores", "drift_report", "performance_report"}
+DATA = {spec.key.to_user_string() for spec in defs.resolve_all_asset_specs()} - MODEL - REPORTED
+
+
+@pytest.fixture(scope="module")
+def two_months(platform, daemon):
+    """January and February land together."""
+    land(platform, JANUARY)
+    land(platform, FEBRUARY)
+    return daemon.work()
+
+
+def test_months_that_arrive_together_are_done_in_order_each_thing_once(two_months):
+    assert two_months == [
+        ("2024-01", DATA),
+        ("2024-01", MODEL),
+        ("2024-01", REPORTED),
+        ("2024-02", DATA | REPORTED),
+        ("2024-02", MODEL),
+    ]
+
+
+def test_the_second_month_is_scored_by_what_the_first_put_into_production(platform, two_months):
+    assert [scores.load(platform.database, month).version for month in (JANUARY, FEBRUARY)] == [1, 1]
+
+
+def test_decay_is_noticed_and_the_model_of_the_new_concept_goes_to_production(platform, two_months):
+    january, february = monitoring.performance_history(platform.database)
+    assert not january.decayed
+    assert january.held_out.metrics["auc"].value > 0.7
+    assert february.worse_than_promised.found
+    assert february.version == 1
+    entries = platform.ledger.entries()
+    assert [(entry.action, entry.version, entry.by) for entry in entries] == [
+        ("promote", 1, "policy"),
+        ("promote", 2, "policy"),
+    ]
+    first, second = platform.ledger.versions()
+    assert (first.lineage["cause"], second.lineage["cause"]) == ("no_model:2024-01", "decay:2024-02:version 1")
+    assert second.lineage["window"] == ["2024-02"]
+    found = list(loop.retrainings(platform.database, entries, [first, second]))
+    assert [(one.cause, one.promoted, one.helped) for one in found] == [
+        ("no_model:2024-01", True, True),
+        ("decay:2024-02:version 1", True, True),
+    ]
+
+
+def test_what_has_landed_already_or_is_asked_for_again_requests_nothing(platform, daemon, two_months):
+    assert not land(platform, JANUARY).changed
+    assert daemon.work() == []
+    daemon.keys.clear()  # as after the loss of all cursors
+    assert daemon.work() == []
+    assert "every landed month is done" in daemon.evaluate(automation.landed_months).skip_message
+    assert "nothing calls for another model than version 2" in daemon.evaluate(automation.retraining).skip_message
+
+
+def test_nothing_is_requested_while_the_command_line_is_at_work(platform, daemon, two_months):
+    with loop.at_work(platform.database) as ours:
+        assert ours
+        for sensor in (automation.landed_months, automation.retraining):
+            assert daemon.evaluate(sensor).skip_message == automation.BUSY
+
+
+def test_a_cause_is_trained_for_once(platform, two_months):
+    with pytest.raises(Exception, match=r"decay:2024-02:version 1 already; nothing is trained twice"):
+        loop.begin_retraining(platform, FEBRUARY, "decay:2024-02:version 1", "again", by="tester", now=NOW)
+
+
+def test_a_month_without_labels_is_scored_and_checked_for_drift(platform, daemon, two_months):
+    land(platform, MARCH, *(name for name in TABLES if name != "labels"))
+    labelled = {"labels", "training_dataset", "performance_report"}
+    assert daemon.work() == [("2024-03", (DATA | REPORTED) - labelled)]
+    assert scores.load(platform.database, MARCH).version == 2
+    assert [one.month for one in monitoring.drift_history(platform.database)] == ["2024-01", "2024-02", "2024-03"]
+
+
+def test_its_labels_are_followed_by_evaluation_and_a_month_of_no_change_trains_nothing(platform, daemon, two_months):
+    land(platform, MARCH, "labels")
+    assert daemon.work() == [("2024-03", {"labels", "training_dataset", "performance_report"})]
+    march = monitoring.performance_history(platform.database)[-1]
+    assert (march.month, march.version, march.decayed) == ("2024-03", 2, False)
+    assert len(platform.ledger.versions()) == 2
+
+
+def test_a_corrected_table_is_brought_in_alone_and_the_conditions_make_what_depends_on_it(
+    platform, daemon, dagster, two_months
+):
+    state = evaluate_automation_conditions(defs, dagster)
+    file = platform.settings.home / "data" / str(MARCH) / "payments_agg_90d.csv"
+    header, *rows = file.read_text().splitlines()
+    user, failed = rows[0].split(",")
+    file.write_text("\n".join([header, f"{user},{int(failed) + 1}", *rows[1:]]) + "\n")
+    land(platform, MARCH)
+
+    assert daemon.work() == [("2024-03", {"payments_agg_90d"})]
+    (march,) = (one for one in month_statuses(platform) if one.month == "2024-03")
+    depends = {"payments_agg_90d_snapshots", "payments_agg_90d_fv", "training_dataset", *REPORTED}
+    assert set(march.stale) == depends
+    assert "the sensor corrections has" in daemon.evaluate(automation.landed_months).skip_message
+
+    old = {one.month: one.digest for one in monitoring.reports(platform.database, "drift_report").values()}
+    made: set[str] = set()
+    while True:
+        state = evaluate_automation_conditions(defs, dagster, cursor=state.cursor)
+        requested = {
+            (key.to_user_string(), partition)
+            for key in (AssetKey(name) for name in DATA | REPORTED | MODEL)
+            for partition in (state.get_requested_partitions(key) or ())
+        }
+        if not requested:
+            break
+        assert {partition for _, partition in requested} == {"2024-03"}
+        names = [name for name, _ in requested]
+        made |= set(names)
+        assert runner.run_assets(dagster, MARCH, names, progress=lambda _: None).succeeded
+    assert made == depends
+    assert {one.month: one.state for one in month_statuses(platform)} == dict.fromkeys(
+        ("2024-01", "2024-02", "2024-03"), "complete"
+    )
+    now = {one.month: one.digest for one in monitoring.reports(platform.database, "drift_report").values()}
+    assert {month for month in now if now[month] != old[month]} == {MARCH}
+    assert scores.load(platform.database, MARCH).version == 2
+
+
+def test_a_month_that_fails_waits_for_a_person_and_holds_up_no_other(platform, daemon, two_months):
+    land(platform, APRIL)
+    platform.landing.path(APRIL, "users").unlink()
+    assert [month for month, _ in daemon.work()] == ["2024-04"]
+    assert "2024-04 failed and waits for a person" in daemon.evaluate(automation.landed_months).skip_message
