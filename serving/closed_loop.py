@@ -149,10 +149,11 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Drop(msgspec.Struct, frozen=True):
-    """How a fall in AUC divides."""
+    """How a fall in AUC divides, where that is ``reliable``."""
 
     feature_drift: Interval
     concept_drift: Interval
+    reliable: bool
 
 
 class PerformanceReport(msgspec.Struct, frozen=True):
@@ -376,9 +377,11 @@ def _performance(state: LoopState) -> Iterator[Metric]:
     )
     yield of_each(
         "month_auc_drop",
-        "What the AUC lost since the month that the version learned from, by cause; both add up to the loss.",
+        "What the AUC lost since the month that the version learned from, by cause, where that can be told; both add up to it.",
         lambda one: [
-            ((part,), getattr(one.drop, part).value) for part in ("feature_drift", "concept_drift") if one.drop
+            ((part,), getattr(one.drop, part).value)
+            for part in ("feature_drift", "concept_drift")
+            if one.drop and one.drop.reliable
         ],
         "part",
     )

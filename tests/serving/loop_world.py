@@ -87,6 +87,7 @@ def report_performance(
     promised: float,
     found: Sequence[str] = (),
     explained: bool = False,
+    reliable: bool = True,
 ) -> None:
     """Record the performance report of a month, with these findings."""
 
@@ -110,8 +111,9 @@ def report_performance(
             concept_drift=concept,
             domain_auc=0.52,
             effective_users=1_300.0,
+            covered=1.0,
             clipped=0,
-            reliable=True,
+            reliable=reliable,
             reason="",
         )
     findings = {name: Finding(name in found, 0.1, 0.05, "a reason") for name in FINDINGS}

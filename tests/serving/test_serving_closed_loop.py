@@ -100,7 +100,7 @@ def test_months_reports_retrainings_and_ledger_are_told(story: httpx.Client) -> 
 def test_what_changes_is_told_at_the_next_poll(
     story: httpx.Client, platform: Platform, artifacts: tuple[bytes, bytes]
 ) -> None:
-    report_performance(platform, "2024-02", 2, auc=0.66, promised=0.65)
+    report_performance(platform, "2024-02", 2, auc=0.66, promised=0.65, explained=True, reliable=False)
     report_drift(platform, "2024-03", 2)
     later = datetime(2024, 4, 1, tzinfo=UTC)
     begin_retraining(platform, "slide:2024-03:version 2", "2024-03", later)

@@ -71,7 +71,7 @@ def _told() -> set[str]:
                 closed_loop.HeldOut(auc),
                 auc,
                 *(nothing,) * 4,
-                drop=closed_loop.Drop(interval, interval),
+                drop=closed_loop.Drop(interval, interval, True),
             )
         ],
         [Retraining("decay", NOW, True, True, True)],
