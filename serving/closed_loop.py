@@ -377,7 +377,7 @@ def _performance(state: LoopState) -> Iterator[Metric]:
     )
     yield of_each(
         "month_auc_drop",
-        "What the AUC lost since the month that the version learned from, by cause, where that can be told; both add up to it.",
+        "What the AUC lost since the month that the version learned from, by cause, where that can be told.",
         lambda one: [
             ((part,), getattr(one.drop, part).value)
             for part in ("feature_drift", "concept_drift")
