@@ -9,6 +9,7 @@ from litestar.di import Provide
 
 from serving.artifacts import Artifacts
 from serving.auth import api_keys
+from serving.closed_loop import ClosedLoop
 from serving.features import FeatureStore, PostgresFeatureStore
 from serving.front import Front
 from serving.metrics import Metrics, workers_folder
@@ -52,11 +53,12 @@ def create_app(
     predictor = Predictor(production, store, freshness, clock, metrics)
     predictions = PredictionLog(settings.database_url, settings.home / "cache" / "predictions")
 
+    closed_loop = ClosedLoop(postgres, contract, clock)
     service = Service(predictor, predictions, production, metrics, Ops(postgres, contract, settings, clock))
 
     @asynccontextmanager
     async def running(_: Litestar) -> AsyncIterator[None]:
-        async with metrics, postgres, artifacts, production, predictions:
+        async with metrics, postgres, artifacts, production, predictions, closed_loop:
             yield
         request_log.close()
 
@@ -76,6 +78,7 @@ def create_app(
     metrics.follow(metrics.queue_depth, lambda: predictor.waiting)
     metrics.follow_model(production)
     metrics.follow_log(predictions)
+    metrics.add(closed_loop)
     app.asgi_handler = front
     return app
 

@@ -23,6 +23,7 @@ from prometheus_client import (
     values,
 )
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.registry import Collector
 
 from serving.features import IncompleteFeatures
 from streamflow.contract import Contract
@@ -41,6 +42,7 @@ REFRESH_S = 1.0
 disable_created_metrics()  # type: ignore[no-untyped-call]  # one more series for each, which several workers would lack
 
 STAGES = ("features", "score")
+STATES = ("ready", "degraded", "unavailable")
 UNROUTED = "unrouted"
 OTHER = "other"
 """A feature that the contract lacks, of a version trained with another one."""
@@ -67,6 +69,7 @@ class Metrics:
         self._followed: list[Callable[[], None]] = []
         self._by_request: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         self._versions: dict[int, Gauge] = {}
+        self._collectors: list[Collector] = []
         if self._folder is None:
             ProcessCollector(registry=self._registry)
         features = [*(column.name for column in contract.features), OTHER]
@@ -83,6 +86,8 @@ class Metrics:
         self._loaded = self._gauge("model_loaded_age_seconds", "Since the version was loaded; 0: no model.", "livemax")
         self._promoted = self._gauge("model_promoted_age_seconds", "Since its promotion; 0: no model.", "livemax")
         self._swaps = self._counter("model_swaps", "Attempts to take a Production version.", "result")
+        about = "1: the part is in this state, with several workers in one of them at least."
+        self._readiness = self._gauge("readiness", about, "livemax", "part", "state")
         self._scores = self._histogram("score", "Probabilities that were answered.", SCORES)
         self._ages = self._histogram("feature_age_days", "Age of the features behind an answer.", AGE_DAYS)
         self._missing = _children(self._counter("missing_features", "Features missing.", "feature"), features)
@@ -149,8 +154,9 @@ class Metrics:
         self._followed.append(lambda: gauge.set(value()))
 
     def follow_model(self, production: "ProductionModel") -> None:
-        """Say which version is served and for how long."""
+        """Say which version is served and for how long, and how the parts of the service do."""
         self._followed.append(lambda: self._say_model(production))
+        self._followed.append(lambda: self._say_readiness(production))
 
     def follow_log(self, log: "PredictionLog") -> None:
         """Say what the prediction log has written and has yet to write."""
@@ -179,6 +185,16 @@ class Metrics:
         self._loaded.set((now - served.loaded_at).total_seconds())
         self._promoted.set((now - served.production.promoted_at).total_seconds())
 
+    def _say_readiness(self, production: "ProductionModel") -> None:
+        for check in production.checks():
+            for state in STATES:
+                self._readiness.labels(check.name, state).set(check.state == state)
+
+    def add(self, collector: Collector) -> None:
+        """Have the page also say what ``collector`` knows, which must be the same for every worker."""
+        self._collectors.append(collector)
+        self._registry.register(collector)
+
     def page(self) -> bytes:
         """All metrics of all workers in Prometheus' text format."""
         self._refresh()
@@ -187,6 +203,8 @@ class Metrics:
         _forget_the_dead(self._folder)
         every_worker = CollectorRegistry()
         MultiProcessCollector(every_worker, str(self._folder))  # type: ignore[no-untyped-call]
+        for collector in self._collectors:
+            every_worker.register(collector)
         return generate_latest(every_worker)
 
     def _refresh(self) -> None:

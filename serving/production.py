@@ -4,10 +4,9 @@ The ledger in PostgreSQL says which version is Production; MLflow is only where 
 """
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from enum import StrEnum
@@ -17,6 +16,7 @@ from serving.artifacts import Artifacts
 from serving.features import FeatureQuery, FeatureStore
 from serving.logs import log, with_cause
 from serving.metrics import Metrics
+from serving.polling import Polling
 from serving.postgres import Postgres, QueryRefused
 from streamflow.errors import ArtifactRefused, RegistryUnavailable, StreamFlowError, WarehouseUnavailable
 from streamflow.scoring import Scorer, self_test
@@ -125,8 +125,7 @@ class ProductionModel:
         self._store_check = Check("feature_store", State.UNAVAILABLE, NOT_CHECKED)
         self._registry_check = Check("registry", State.DEGRADED, NOT_CHECKED)
         self.refusal: Refusal | None = None
-        self._polls: list[asyncio.Task[None]] = []
-        self._stopping = asyncio.Event()
+        self._polling = Polling(POLL_S, self._poll_database, self._poll_registry)
 
     def current(self) -> ServedModel:
         """The model to score with; raises NoModel."""
@@ -149,16 +148,12 @@ class ProductionModel:
 
     async def __aenter__(self) -> Self:
         """Begin to poll ledger, feature store and registry."""
-        polls = (self._poll_database, self._poll_registry)
-        self._polls = [asyncio.create_task(_repeat(poll, self._stopping)) for poll in polls]
+        await self._polling.__aenter__()
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        """Stop polling; a library in between may turn a cancellation into an error, so it does not depend on that."""
-        self._stopping.set()
-        for poll in self._polls:
-            poll.cancel()
-        await asyncio.gather(*self._polls, return_exceptions=True)
+    async def __aexit__(self, *end: object) -> None:
+        """Stop polling."""
+        await self._polling.__aexit__(*end)
 
     async def _poll_registry(self) -> None:
         try:
@@ -242,14 +237,3 @@ def _announced(before: Check, now: Check, failure: StreamFlowError | None = None
         reason = with_cause(failure) if failure else now.reason
         log(level, "readiness_changed", part=now.name, state=now.state, reason=reason)
     return now
-
-
-async def _repeat(step: Callable[[], Awaitable[None]], stopping: asyncio.Event) -> None:
-    while not stopping.is_set():
-        try:
-            await step()
-        except Exception as failure:
-            log(logging.ERROR, "poll_failed", failure=failure)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(POLL_S):
-                await stopping.wait()

@@ -177,8 +177,7 @@ class _Begun:
 def _begun(database: Database) -> dict[str, _Begun]:
     with database.connect() as connection:
         rows = connection.execute(
-            "SELECT cause, min(month), count(*) FILTER (WHERE failure IS NULL), bool_or(failure IS NOT NULL) "
-            "FROM streamflow.retrainings GROUP BY cause ORDER BY min(id)"
+            "SELECT cause, month, attempts, failure IS NOT NULL FROM streamflow.retrainings ORDER BY started_at, cause"
         ).fetchall()
     return {cause: _Begun(Month.parse(month), attempts, failed) for cause, month, attempts, failed in rows}
 
@@ -216,7 +215,7 @@ def _note(
 ) -> None:
     with database.connect() as connection:
         connection.execute(
-            "INSERT INTO streamflow.retrainings (cause, month, reason, by, at, failure) "
+            "INSERT INTO streamflow.retraining_attempts (cause, month, reason, by, at, failure) "
             "VALUES (%s, %s, %s, %s, %s, %s)",
             (cause, str(month), reason, by, now, failure),
         )

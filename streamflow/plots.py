@@ -34,9 +34,12 @@ _TITLE_SIZE, _SUBTITLE_SIZE, _LABEL_SIZE, _SMALL = 12.5, 9.2, 9.5, 8.5
 _TITLE_CHARACTERS, _SUBTITLE_CHARACTERS = 48, 76
 _COLOURS = 64
 _SCORE_BINS = 40
+_DOTTED: Any = (0, (1, 1.5))
+_FIXED_POLICIES = ((_INK, _DOTTED), ("#009e73", "-"), ("#d99a00", "-"), (_CONTRAST, "-"))
+_BACKTEST_PANEL, _BACKTEST_GAP = 1.1, 0.42
+_FEW_MONTHS, _MONTHS_NAMED = 6, 6
 _GREATEST_PSI_SHOWN = 0.4
 _MOST_PANELS, _PANEL_BINS, _PANEL_HEIGHT, _PANEL_GAP = 6, 30, 0.95, 0.77
-_FEW_MONTHS, _MONTHS_NAMED = 6, 6
 _INTERVALS = "Intervals are of 95\N{NO-BREAK SPACE}%"
 _BACKED = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
 
@@ -301,6 +304,45 @@ def segments_plot(segments: Sequence[Segment], auc: Interval) -> bytes:
     for label, row in zip(axes.get_yticklabels(), rows, strict=True):
         label.set(fontweight="bold" if isinstance(row, str) else "normal", color=_INK)
     axes.set_xlabel("AUC")
+    return _png(figure)
+
+
+def backtest_plot(by_month: pd.DataFrame, worlds: str) -> bytes:
+    """AUC by month under each policy of a backtest, scenario below scenario; ``worlds`` says what it is the mean of.
+
+    ``by_month`` has scenario, policy, month (YYYY-MM) and auc; the simulator's truth and the product's own policy are
+    among the policies.
+    """
+    from streamflow.backtest import BEST_POSSIBLE, OURS
+
+    scenarios = list(dict.fromkeys(by_month["scenario"]))
+    months = sorted(set(by_month["month"]))
+    policies = list(dict.fromkeys(by_month["policy"]))
+    lines: dict[str, dict[str, Any]] = {BEST_POSSIBLE: {"color": _MUTED, "linestyle": _DASHED, "linewidth": 1.2}}
+    fixed = [name for name in policies if name not in (OURS, BEST_POSSIBLE)]
+    for name, (colour, style) in zip(fixed, _FIXED_POLICIES, strict=True):
+        lines[name] = {"color": colour, "linestyle": style, "linewidth": 1.4}
+    lines[OURS] = {"color": _ACCENT, "linewidth": 2.2}
+    panel = _BACKTEST_PANEL + _BACKTEST_GAP
+    subtitle = f"Mean of {worlds}, of held-out customers."
+    figure, top = _figure(0.95 + len(scenarios) * panel + 0.25, "AUC by month under each policy", subtitle)
+    ticks = range(0, len(months), max(1, round(len(months) / 6)))
+    for index, scenario in enumerate(scenarios):
+        upper = top - 0.45 - index * panel
+        axes = _axes(figure, upper, bottom=upper - _BACKTEST_PANEL, left=0.6, right=0.35)
+        of_scenario = by_month[by_month["scenario"] == scenario]
+        for name, look in lines.items():
+            line = of_scenario[of_scenario["policy"] == name]
+            axes.plot([months.index(month) for month in line["month"]], line["auc"], label=name, **look)
+        axes.set_xlim(0, len(months) - 1)
+        axes.set_xticks(ticks, [months[at] for at in ticks] if scenario == scenarios[-1] else [""] * len(ticks))
+        axes.locator_params(axis="y", nbins=5)
+        heading = {"loc": "left", "fontsize": _LABEL_SIZE, "color": _INK, "fontweight": "bold", "pad": 5}
+        axes.set_title(scenario.replace("-", " "), **heading)
+        if index == 0:
+            place = {"loc": "lower left", "bbox_to_anchor": (-0.11, 1.2), "borderaxespad": 0}
+            spaces = {"columnspacing": 1.1, "handlelength": 1.4, "handletextpad": 0.5}
+            axes.legend(ncol=len(lines), frameon=False, fontsize=_SMALL, labelcolor=_INK, **place, **spaces)
     return _png(figure)
 
 

@@ -12,7 +12,7 @@ from streamflow.decay import PerformanceReport
 from streamflow.gates import RetrainingPolicy
 from streamflow.months import Month
 
-Kind = Literal["no_model", "corrected_data", "decay", "slide", "drift"]
+Kind = Literal["no_model", "corrected_data", "decay", "slide", "drift", "more_data"]
 Size = Literal["none", "small", "moderate", "large"]
 _SIZES: tuple[Size, ...] = ("none", "small", "moderate", "large")
 
@@ -105,8 +105,8 @@ class _Cause:
 def should_retrain(situation: Situation, policy: RetrainingPolicy) -> RetrainingDecision:
     """Decide whether to train again; a pure function.
 
-    Of several causes the first counts, in the order: no model, corrected data, decay, slide, drift. The others then
-    wait for what comes of it.
+    Of several causes the first counts, in the order: no model, corrected data, decay, slide, drift, more data. The
+    others then wait for what comes of it.
     """
     newest, production = situation.newest, situation.production
     if newest is None:
@@ -155,6 +155,7 @@ def _causes(situation: Situation, production: Production, policy: RetrainingPoli
         *_correction(situation.corrected, production, policy),
         *_performance(situation, production, policy),
         *_drift(situation.drift, production, policy),
+        *_more_data(situation.newest, production, policy),
     ):
         if wanted:
             found.append(cause)
@@ -209,6 +210,18 @@ def _drift(drift: Drift | None, production: Production, policy: RetrainingPolicy
     yield _Cause("drift", f"drift:{drift.month}:version {drift.version}", reason), wanted
 
 
+def _more_data(newest: Month | None, production: Production, policy: RetrainingPolicy) -> Iterator[tuple[_Cause, bool]]:
+    """What was learned from little grows better with more, though nothing is wrong with it; each doubling counts."""
+    if newest is None or not policy.on_more_data:
+        return
+    learned, since = len(production.trained_on), _between(max(production.trained_on), newest)
+    enough = max(policy.on_more_data, learned)
+    if since >= enough:
+        months = f"{learned} month{'s' if learned > 1 else ''}"
+        reason = f"version {production.version} learned from {months} of labels, and {since} have come since"
+        yield _Cause("more_data", f"more_data:{since // enough}:version {production.version}", reason), True
+
+
 @dataclass(frozen=True)
 class _Obstacle:
     reason: str
@@ -222,6 +235,8 @@ def _obstacle(
     past = [one for one in situation.past if not one.cause.startswith("no_model:")]
     if cause.key in {one.cause for one in past}:
         return _Obstacle("it was done for this already", alarms=False)
+    if cause.kind != "more_data":
+        past = [one for one in past if not one.cause.startswith("more_data:") or one.month == newest]
     decayed = cause.kind == "decay"
     if cause.kind != "corrected_data":
         if newest in production.trained_on:
@@ -239,8 +254,8 @@ def _obstacle(
             f"retrainings in twelve months: {len(recent)}, and retraining.maximum_per_year of the policy is "
             f"{policy.maximum_per_year}"
         )
-        return _Obstacle(reason)
-    if cause.kind == "corrected_data":
+        return _Obstacle(reason, alarms=cause.kind != "more_data")
+    if cause.kind in ("corrected_data", "more_data"):
         return None
     known = [one for one in past if one.helped is not None][-policy.give_up_after :]
     if len(known) == policy.give_up_after and not any(one.helped for one in known):

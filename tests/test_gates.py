@@ -263,6 +263,29 @@ def test_a_candidate_is_better_beyond_noise_or_for_a_bug_fix_not_worse(
 
 
 @pytest.mark.parametrize(
+    ("auc", "logloss", "by", "passed"),
+    [
+        (Interval(0.02, -0.01, 0.05), Interval(-0.1, -0.2, -0.001), {}, True),
+        (Interval(0.0, -0.03, 0.03), Interval(-0.1, -0.2, -0.001), {}, True),
+        (Interval(-0.001, -0.03, 0.03), Interval(-0.1, -0.2, -0.001), {}, False),
+        (Interval(0.02, -0.01, 0.05), Interval(-0.1, -0.2, 0.0), {}, False),
+        (Interval(0.02, -0.01, 0.05), Interval(-0.1, -0.2, -0.001), {"better_by": 0.03}, False),
+        (Interval(0.03, -0.01, 0.05), Interval(-0.1, -0.2, -0.001), {"better_by": 0.03}, True),
+        (Interval(NAN, NAN, NAN), Interval(-0.1, -0.2, -0.001), {}, False),
+        (Interval(0.02, -0.01, 0.05), Interval(NAN, NAN, NAN), {}, False),
+    ],
+)
+def test_a_candidate_with_surely_lower_log_loss_is_better_unless_it_ranks_worse(
+    auc: Interval, logloss: Interval, by: dict[str, float], passed: bool
+) -> None:
+    gate = held_against(replace(comparison(auc), logloss=logloss), by=policy(**by))["better_than_production"]
+    assert gate.passed is passed
+    assert gate.bound == by.get("better_by", 0.0)
+    assert ("log loss minus Production's is surely lower: -0.1000" in gate.reason) is passed
+    assert gate.value == pytest.approx(auc.value if passed else auc.low, nan_ok=True)
+
+
+@pytest.mark.parametrize(
     ("segments", "passed", "value"),
     [
         ({"net_service=DSL": Interval(-0.2, -0.3, -0.05)}, True, -0.05),

@@ -16,6 +16,7 @@ from streamflow.drift import compare
 from streamflow.evaluation import Capture, Interval, Segment, lift_curve, reliability
 from streamflow.plots import (
     amount,
+    backtest_plot,
     confusion_plot,
     drift_plot,
     drifted_features_plot,
@@ -53,6 +54,18 @@ IMPORTANCES = pd.DataFrame(
         "high": [0.142, 0.04, 0.001],
     }
 )
+BACKTEST = pd.DataFrame(
+    [
+        {"scenario": scenario, "policy": policy, "month": month, "auc": float(auc)}
+        for scenario, months in (("stable", ("2024-02", "2024-03")), ("label-delay", ("2024-03",)))
+        for policy in ("never", "every month", "on drift", "on decay", "ours", "best possible")
+        for month, auc in zip(months, SEEDED.uniform(0.5, 0.9, 2), strict=False)
+    ]
+)
+
+
+HISTORY = history_of([0.84, 0.49, 0.66, 0.65], versions=[1, 1, 2, 2], promises=[0.84, 0.84, 0.67, 0.67])
+HISTORY[1] = replace(HISTORY[1], worse_than_promised=Finding(True, 0.35, 0.04, "worse"))
 
 DRIFT_COLUMNS = [
     Column("hours", "float", "Hours watched."),
@@ -75,10 +88,6 @@ def drift_between(reference, current):
     )
 
 
-HISTORY = history_of([0.84, 0.49, 0.66, 0.65], versions=[1, 1, 2, 2], promises=[0.84, 0.84, 0.67, 0.67])
-HISTORY[1] = replace(HISTORY[1], worse_than_promised=Finding(True, 0.35, 0.04, "worse"))
-
-
 def every_plot(labels=LABELS, probabilities=PROBABILITIES, threshold=0.3):
     thresholds = np.linspace(0, 1, 21)
     return {
@@ -90,6 +99,7 @@ def every_plot(labels=LABELS, probabilities=PROBABILITIES, threshold=0.3):
         "importances": lambda: importance_plot(IMPORTANCES, len(labels)),
         "scores": lambda: score_plot(labels, probabilities, threshold),
         "segments": lambda: segments_plot(SEGMENTS, AUC),
+        "backtest": lambda: backtest_plot(BACKTEST, "10 worlds"),
         "performance": lambda: performance_plot(HISTORY),
         "value": lambda: value_plot(thresholds, 1e4 - thresholds * 3e4, threshold=0.3, value=1e3, users=len(labels)),
         "drift": lambda: drift_plot(drift_between(REFERENCE, CURRENT)),
@@ -413,3 +423,14 @@ def test_performance_of_one_month_and_of_many(figure_of):
     many = figure_of(lambda: performance_plot(history_of([0.8] * 24)))
     assert len(many.axes[0].get_xticks()) == 6
     assert "0.800" not in [text.get_text() for text in many.axes[0].texts]
+
+
+def test_a_backtest_has_a_panel_for_each_scenario_with_its_months(figure_of):
+    stable, late = figure_of(every_plot()["backtest"]).axes
+    assert [axes.get_title("left") for axes in (stable, late)] == ["stable", "label delay"]
+    lines = {line.get_label(): line.get_xydata().tolist() for line in late.lines}
+    assert list(lines) == ["best possible", "never", "every month", "on drift", "on decay", "ours"]
+    auc = BACKTEST[BACKTEST["scenario"] == "label-delay"].set_index("policy")["auc"]
+    assert lines == {name: [[1, auc[name]]] for name in lines}
+    assert stable.lines[-1].get_xdata().tolist() == [0, 1]
+    assert [text.get_text() for text in stable.get_legend().get_texts()] == list(lines)

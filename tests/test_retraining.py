@@ -20,6 +20,7 @@ from streamflow.retraining import (
 )
 
 JANUARY, FEBRUARY, MARCH, APRIL = Month.parse_range("2024-01..2024-04")
+FOUR_MONTHS = (JANUARY, FEBRUARY, MARCH, APRIL)
 KEPT = Finding(False, 0.0, 0.02, "as promised")
 WORSE = Finding(True, 0.35, 0.04, "AUC is 0.35 below the promised")
 CHANCE = Finding(True, 0.46, 0.5, "AUC may be 0.46")
@@ -103,6 +104,20 @@ def decided(situation: Situation, **policy: Any) -> RetrainingDecision:
         ({"drift": drift(score="moderate")}, {}, None),
         ({"drift": replace(LARGE, month=MARCH)}, {}, "drift:2024-03:version 1"),
         ({"drift": LARGE, "performance": performance(worse_than_promised=WORSE)}, {}, BY_DECAY),
+        # More data: as many months again, and at least three.
+        ({"newest": MARCH, "drift": None}, {}, None),
+        ({"newest": APRIL, "drift": None}, {}, "more_data:1:version 1"),
+        ({"newest": APRIL, "drift": None}, {"on_more_data": 4}, None),
+        ({"newest": APRIL, "drift": None}, {"on_more_data": 0}, None),
+        ({"newest": APRIL.shift(2)}, {}, "more_data:1:version 1"),
+        ({"newest": APRIL.shift(3)}, {}, "more_data:2:version 1"),
+        ({"newest": MARCH.shift(4), "production": Production(1, FOUR_MONTHS)}, {}, None),
+        ({"newest": APRIL.shift(4), "production": Production(1, FOUR_MONTHS)}, {}, "more_data:1:version 1"),
+        (
+            {"newest": APRIL, "performance": performance(APRIL, worse_than_promised=WORSE)},
+            {},
+            "decay:2024-04:version 1",
+        ),
         # Corrections: of months that were learned from, and before all else.
         (
             {"corrected": (Correction(JANUARY, "ab" * 32),)},
@@ -297,3 +312,34 @@ def test_a_cause_comes_with_a_retraining_and_only_then(situation: Situation) -> 
     assert decision.retrain == (decision.cause is not None)
     assert decision.reason
     assert decided(situation) == decision
+
+
+@pytest.mark.parametrize(
+    ("past", "policy", "retrain"),
+    [
+        (past((FEBRUARY, False)), {}, True),
+        (past((MARCH, False)), {}, False),
+        (past((MARCH, True), cause="more_data:0"), {}, False),
+        ((Retraining(MARCH, "more_data:1:version 1", promoted=False, helped=False),), {"cooldown_months": 0}, False),
+        (past((FEBRUARY, False), (FEBRUARY, False)), {}, True),
+        (past((FEBRUARY, True)), {"maximum_per_year": 1}, False),
+    ],
+)
+def test_more_data_waits_its_turn_and_alarms_nobody(
+    past: tuple[Retraining, ...], policy: dict[str, Any], retrain: bool
+) -> None:
+    decision = decided(replace(CALM, newest=APRIL, past=past), **policy)
+    assert (decision.retrain, decision.alarms) == (retrain, ())
+
+
+@pytest.mark.parametrize(
+    ("of", "retrain"),
+    [
+        (past((JANUARY, False), cause="more_data:1"), True),
+        (past((JANUARY.shift(-3), False), (JANUARY.shift(-2), False), cause="more_data:1"), True),
+        # Never two for one month.
+        (past((FEBRUARY, False), cause="more_data:1"), False),
+    ],
+)
+def test_nothing_waits_because_of_what_was_trained_for_more_data(of: tuple[Retraining, ...], retrain: bool) -> None:
+    assert decided(replace(DECAYED, past=of), maximum_per_year=1).retrain is retrain

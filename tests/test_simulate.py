@@ -284,6 +284,53 @@ def test_the_season_moves_churn_and_watching(stable: list[pd.DataFrame], tmp_pat
     assert (winter.watch_hours_30d - stable[0].watch_hours_30d).mean() == pytest.approx(0.5 * 4.97, abs=0.01)
 
 
+def test_a_season_may_change_the_rule_of_churn_towards_july() -> None:
+    seasonal = Scenario(concept_season=0.6, concept_drift=0.7, concept_drift_from=Month(2025, 1))
+    parts = [seasonal.changed_part(month) for month in (JANUARY, Month(2024, 4), Month(2024, 7), Month(2025, 1))]
+    assert parts == pytest.approx([0, 0.3, 0.6, 0.7])
+    assert seasonal.changed_part(Month(2025, 7)) == 1
+
+
+def test_frames_are_what_the_files_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    months, scenario = [FEBRUARY, MARCH], Scenario(concept_drift_from=MARCH)
+    simulate(tmp_path, months, users=700, seed=5, scenario=scenario)
+    found = dict(module.frames(months, users=700, seed=5, scenario=scenario))
+    assert list(found) == months
+    kinds = {"category": object, "float": np.float64, "integer": np.int64, "boolean": np.bool_}
+    for month, frame in found.items():
+        written = read(tmp_path, month).reset_index()
+        columns = [*CONTRACT.features, *(c for c in CONTRACT.label_table.columns if c.name == CONTRACT.label)]
+        assert list(frame) == ["user_id", *(column.name for column in columns), "churn_probability"]
+        assert {column.name: frame[column.name].dtype for column in columns} == {c.name: kinds[c.kind] for c in columns}
+        assert (written["plan_stream_tv"].isna() & ~frame["plan_stream_tv"]).sum() == (
+            frame["net_service"] == "No"
+        ).sum()
+        filled = written.assign(
+            **{name: written[name].fillna(False) for name in ("plan_stream_tv", "plan_stream_movies")}
+        )
+        pd.testing.assert_frame_equal(frame, filled[list(frame)], check_dtype=False)
+    monkeypatch.setattr(module, "CHUNK_ROWS", 123)
+    pd.testing.assert_frame_equal(
+        dict(module.frames([MARCH], users=700, seed=5, scenario=scenario))[MARCH], found[MARCH]
+    )
+
+
+@pytest.mark.parametrize(
+    ("months", "users", "text"), [([], 10, "no month"), ([MARCH, FEBRUARY], 10, "ascend"), ([MARCH], 0, "0 users")]
+)
+def test_frames_that_cannot_be_made(months: list[Month], users: int, text: str) -> None:
+    with pytest.raises(ConfigurationError, match=text):
+        next(module.frames(months, users=users, seed=1, scenario=STABLE))
+
+
+def test_a_frame_has_no_value_for_a_feature_that_may_be_missing() -> None:
+    usage = CONTRACT.table("usage_agg_30d")
+    columns = tuple(replace(column, nullable=column.name == "skips_7d") for column in usage.columns)
+    tables = tuple(replace(usage, columns=columns) if table is usage else table for table in CONTRACT.tables)
+    with pytest.raises(ConfigurationError, match="skips_7d may be missing"):
+        next(module.frames([MARCH], users=10, seed=1, scenario=STABLE, contract=replace(CONTRACT, tables=tables)))
+
+
 def test_drift_outside_of_the_months_changes_nothing(tmp_path: Path) -> None:
     simulate(tmp_path / "plain", [JANUARY], users=100)
     simulate(tmp_path / "later", [JANUARY], users=100, scenario=Scenario(concept_drift_from=Month(2030, 1)))
@@ -329,6 +376,7 @@ def test_arguments_that_cannot_be_used(tmp_path: Path, months: list[Month], user
         ("feature_drift", -1),
         ("concept_drift", float("nan")),
         ("season", 3),
+        ("concept_season", 1.1),
         ("drift_months", 0),
     ],
 )

@@ -228,8 +228,10 @@ def test_a_training_that_was_killed_is_begun_again_some_times_and_one_that_faile
         raise ValueError("no luck")
     assert causes(platform)[-1] == "failed"
     with platform.database.connect() as connection:
-        rows = connection.execute("SELECT failure FROM streamflow.retrainings WHERE cause = 'failed'").fetchall()
-    assert rows == [(None,), ("ValueError: no luck",)]
+        row = connection.execute(
+            "SELECT attempts, failure FROM streamflow.retrainings WHERE cause = 'failed'"
+        ).fetchone()
+    assert row == (1, "ValueError: no luck")
 
 
 def test_a_month_without_labels_is_scored_and_checked_for_drift(platform, daemon, two_months):

@@ -10,7 +10,18 @@ from pathlib import Path
 import httpx
 import pytest
 from scratch_redis import redis_database
-from serving_world import Mlflow, Platform, copied, disconnect, eventually, make_tables, running, train
+from serving_world import (
+    Mlflow,
+    Platform,
+    copied,
+    disconnect,
+    eventually,
+    make_tables,
+    metric,
+    metrics_of,
+    running,
+    train,
+)
 
 from streamflow.database import Database
 from streamflow.settings import Settings
@@ -42,6 +53,7 @@ def _quick_polls() -> Iterator[None]:
     """In this process; the service as its own process keeps its pace."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("serving.production.POLL_S", QUICK_POLL_S)
+        patch.setattr("serving.closed_loop.POLL_S", QUICK_POLL_S)
         yield
 
 
@@ -86,6 +98,7 @@ def shared_settings(shared_platform: Platform, tmp_path_factory: pytest.TempPath
 def shared_api(shared_settings: Settings) -> Iterator[httpx.Client]:
     with running(shared_settings) as client:
         eventually(lambda: client.get("/ready").status_code == 200)
+        eventually(lambda: metric(metrics_of(client), "closed_loop_read_timestamp_seconds") > 0)
         yield client
 
 

@@ -76,7 +76,7 @@ def eventually(check: Callable[[], bool], *, within_s: float = 10.0) -> None:
         time.sleep(0.05)
 
 
-def _simulated(column: Column, users: int, random: np.random.Generator) -> Any:
+def simulated_values(column: Column, users: int, random: np.random.Generator) -> Any:
     match column.kind:
         case "category":
             return random.choice(column.categories, users)
@@ -104,7 +104,7 @@ def train(seed: int, spec: ModelSpec = BASELINE, contract: Contract = CONTRACT) 
     """The compiled form of a model of some random customers, on the service of the contract that ``spec`` names."""
     random = np.random.default_rng(seed)
     users = 120
-    frame = pd.DataFrame({column.name: _simulated(column, users, random) for column in contract.features})
+    frame = pd.DataFrame({column.name: simulated_values(column, users, random) for column in contract.features})
     frame.insert(0, USER_ID, [f"user-{number:04d}" for number in range(users)])
     frame[CONTRACT.label] = random.random(users) < 0.4
     dataset = TrainingDataset(frame, JANUARY, CONTRACT.label, 0)

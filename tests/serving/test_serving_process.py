@@ -143,6 +143,9 @@ def test_two_workers_share_the_work_and_finish_it_before_they_stop(
 ) -> None:
     with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
         assert client.post("/predict", json={"user_id": KNOWN}).status_code == 200
+        promoted = ("streamflow_ledger_decisions", frozenset({("action", "promote")}))
+        eventually(lambda: metrics_of(client).get(promoted) == 1, within_s=30)
+        assert metric(metrics_of(client), "readiness", part="model", state="ready") == 1
         half: list[HalfRequest] = []
 
         def both_are_busy() -> bool:

@@ -42,7 +42,7 @@ STATEMENTS = (
     'Every report as it was made; the newest of a kind and month is the one in force'
     """,
     """
-    CREATE TABLE streamflow.retrainings (
+    CREATE TABLE streamflow.retraining_attempts (
         id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
         cause text NOT NULL,
         month text NOT NULL,
@@ -53,15 +53,22 @@ STATEMENTS = (
     )
     """,
     """
-    COMMENT ON TABLE streamflow.retrainings IS
+    COMMENT ON TABLE streamflow.retraining_attempts IS
     'What a model is trained again for: a row when it is begun, and another with the failure if it fails'
     """,
+    """
+    CREATE VIEW streamflow.retrainings AS
+    SELECT cause, min(month) AS month, min(reason) AS reason, min(by) AS by, min(at) AS started_at,
+        count(*) FILTER (WHERE failure IS NULL) AS attempts, max(failure) AS failure
+    FROM streamflow.retraining_attempts GROUP BY cause
+    """,
+    "COMMENT ON VIEW streamflow.retrainings IS 'What a model is trained again for: a row for each cause'",
     *(
         f"""
         CREATE TRIGGER append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON streamflow.{table}
         FOR EACH STATEMENT EXECUTE FUNCTION streamflow.refuse_change()
         """
-        for table in ("reports", "retrainings")
+        for table in ("reports", "retraining_attempts")
     ),
 )
 
