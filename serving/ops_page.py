@@ -184,13 +184,13 @@ class Drift(Struct, frozen=True):
 class Retraining(Struct, frozen=True):
     """A model that is trained for a cause, and the version that came of it, if one did, and what became of that.
 
-    ``failure`` is what the newest of its ``attempts`` ended with, None for one that is under way, done or was killed.
+    ``failure`` is what one of its ``attempts`` ended with, None as long as none failed; one may have been killed.
     """
 
     month: str
     cause: str
     reason: str
-    begun_at: datetime
+    started_at: datetime
     attempts: int
     failure: str | None
     version: int | None
@@ -349,12 +349,11 @@ _VERSION = """
         ) AS threshold,
         lineage -> 'estimator' AS estimator, lineage -> 'calibrated' AS calibrated,
         coalesce(lineage -> 'window', '[]') AS window, lineage -> 'window_reason' AS window_reason,
-        lineage -> 'code_version' AS code_version,
-        (SELECT retrainings.reason FROM streamflow.retrainings
-         WHERE cause = lineage ->> 'cause' ORDER BY id DESC LIMIT 1) AS because,
+        lineage -> 'code_version' AS code_version, retrainings.reason AS because,
         registered.evidence #> '{metrics,auc}' AS promised, registered.evidence -> 'users' AS users
     FROM streamflow.promotion_ledger AS decided
     JOIN streamflow.model_versions AS registered USING (version)
+    LEFT JOIN streamflow.retrainings ON retrainings.cause = lineage ->> 'cause'
 """
 PRODUCTION = f"{_VERSION} WHERE decided.action IN ('promote', 'rollback') ORDER BY decided.id DESC LIMIT 1"
 _WAITING = """
@@ -398,21 +397,15 @@ DRIFT = """
     FROM streamflow.reports WHERE kind = 'drift_report' AND month = ANY($1) ORDER BY month, id DESC
 """
 RETRAININGS = """
-    SELECT begun.*, made.version,
+    SELECT retrainings.month, retrainings.cause, retrainings.reason, started_at, attempts, failure, made.version,
         (SELECT action FROM streamflow.promotion_ledger AS decided
          WHERE decided.version = made.version AND action IN ('promote', 'rollback', 'wait', 'refuse')
          ORDER BY id DESC LIMIT 1) AS outcome
-    FROM (
-        SELECT cause, min(month) AS month, (array_agg(reason ORDER BY id DESC))[1] AS reason, min(at) AS begun_at,
-            count(*) FILTER (WHERE failure IS NULL) AS attempts,
-            (array_agg(failure ORDER BY id DESC))[1] AS failure
-        FROM streamflow.retrainings GROUP BY cause
-    ) AS begun
+    FROM streamflow.retrainings
     LEFT JOIN LATERAL (
-        SELECT version FROM streamflow.model_versions
-        WHERE lineage ->> 'cause' = begun.cause ORDER BY version DESC LIMIT 1
+        SELECT version FROM streamflow.model_versions WHERE lineage ->> 'cause' = cause ORDER BY version DESC LIMIT 1
     ) AS made ON true
-    ORDER BY begun_at DESC, cause LIMIT $1
+    ORDER BY started_at DESC, cause LIMIT $1
 """
 LOGGED = "SELECT * FROM streamflow.predictions WHERE request_id = $1::uuid"
 ORIGIN = """
