@@ -158,7 +158,7 @@ def test_a_second_migration_changes_nothing(new_database: Callable[[], Database]
     database = new_database()
     relations = [name for table in CONTRACT.tables for name in (table.name, table.snapshot) if name]
     assert migrate(database) == [
-        "migrated from an empty database to 0003",
+        "migrated from an empty database to 0004",
         *(f"created {relation}" for relation in relations),
     ]
     made = definition(database)
@@ -211,7 +211,7 @@ def test_a_database_of_a_newer_version_is_left_alone(database: Database) -> None
         with pytest.raises(ConfigurationError, match=r"at migration 9999, which this version .* does not know"):
             migrate(database, _with(SUBSCRIPTIONS, Column("extra", "float", "")))
     finally:
-        execute(database, "UPDATE alembic_version SET version_num = '0003'", owner=True)
+        execute(database, "UPDATE alembic_version SET version_num = '0004'", owner=True)
     assert definition(database) == before
 
 
@@ -820,15 +820,27 @@ DECISION = """
 """
 
 
+REPORT = """
+    INSERT INTO reports (kind, month, model_version, digest, content, made_at)
+    VALUES ('drift_report', '2024-02', 1, 'd', '{}', '2024-03-01')
+"""
+ATTEMPT = """
+    INSERT INTO retraining_attempts (cause, month, reason, by, at)
+    VALUES ('decay:2024-02:version 1', '2024-02', 'decayed', 'ada', '2024-03-01')
+"""
+
+
 @pytest.fixture(scope="module")
 def governed(new_database: Callable[[], Database]) -> Database:
-    """A database with one version, one decision and one prediction, inserted by the platform's role."""
+    """A database with one row in each append-only table, inserted by the platform's role."""
     database = new_database()
     migrate(database)
     execute(database, VERSION.format(number=1))
     execute(database, DECISION.format(number=1))
     execute(database, "SELECT make_predictions_partition('2024-02-01')")
     execute(database, PREDICTION)
+    execute(database, REPORT)
+    execute(database, ATTEMPT)
     return database
 
 
@@ -837,7 +849,13 @@ def governance(database: Database) -> list[list[tuple[Any, ...]]]:
         return [connection.execute(f"SELECT * FROM {name}").fetchall() for name in warehouse.INSERT_ONLY]
 
 
-COLUMN = {"model_versions": "version", "promotion_ledger": "version", "predictions": "model_version"}
+COLUMN = {
+    "model_versions": "version",
+    "promotion_ledger": "version",
+    "predictions": "model_version",
+    "reports": "digest",
+    "retraining_attempts": "reason",
+}
 """A column of each append-only table that anybody might want to change."""
 
 ATTACKS = [
@@ -877,7 +895,7 @@ ATTACKS = [
     "ALTER ROLE streamflow SUPERUSER",
     "UPDATE alembic_version SET version_num = '0000'",
     "DELETE FROM alembic_version",
-    "INSERT INTO alembic_version VALUES ('0003')",
+    "INSERT INTO alembic_version VALUES ('0004')",
 ]
 
 
@@ -910,6 +928,6 @@ def test_even_the_owner_only_appends(governed: Database) -> None:
 def test_the_platforms_role_appends_and_reads(governed: Database) -> None:
     execute(governed, VERSION.format(number=2))
     execute(governed, DECISION.format(number=2))
-    versions, decisions, _ = governance(governed)
+    versions, decisions, *_ = governance(governed)
     assert [row[0] for row in versions] == [1, 2]
     assert [row[3] for row in decisions] == [1, 2]
