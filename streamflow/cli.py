@@ -692,14 +692,16 @@ def _api(settings: Settings) -> str:
 
 @app.command()
 def status(json_: AsJson = False) -> None:
-    """Tell what is in Production and the state of each month."""
+    """Tell what is in Production, the state of each month, and whether there is reason to train again."""
+    from streamflow import loop
     from streamflow import status as state
 
     with prepared() as platform:
         months = state.month_statuses(platform)
         production = state.production_status(platform.ledger.entries(), platform.ledger.versions())
+        retraining = loop.decision(platform, loop.newest_labelled(months))
     if json_:
-        as_json({"production": production, "months": months})
+        as_json({"production": production, "months": months, "retraining": retraining})
         return
     if production:
         out.print(
@@ -714,6 +716,10 @@ def status(json_: AsJson = False) -> None:
         note = ", ".join(month.stale or month.missing) if month.state in ("stale", "incomplete") else ""
         table.add_row(month.month, month.state, str(month.revision), f"{month.rows:,}", note)
     out.print(table if months else "No month has landed; `streamflow land FOLDER --month YYYY-MM` lands one.")
+    due = "due, `streamflow run` does it" if retraining.retrain else "not due"
+    out.print(f"Training again: {due}: {retraining.reason}", markup=False)
+    for alarm in retraining.alarms:
+        out.print(f"ALARM  {alarm}", markup=False)
 
 
 @app.command()

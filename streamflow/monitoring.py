@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 
@@ -17,7 +17,7 @@ from streamflow import dataset, features, pipeline, scores
 from streamflow.contract import USER_ID, Column, Contract
 from streamflow.database import Database
 from streamflow.drift import DriftReport
-from streamflow.errors import UnknownMonth
+from streamflow.errors import ConfigurationError, UnknownMonth
 from streamflow.months import Month
 from streamflow.pipeline import Platform
 from streamflow.promotion import Version, current, in_force
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from streamflow.scoring import Scorer
 
 Kind = Literal["drift_report", "performance_report"]
+_Content = TypeVar("_Content")
 NAMED = 10
 """How many customers without a score are named."""
 
@@ -70,7 +71,7 @@ class Drift:
 
 @dataclass(frozen=True)
 class Performance:
-    """A month's performance report, its record, and the reports of all months so far, oldest first."""
+    """A month's performance report, its record, and the reports of all months up to it, oldest first."""
 
     write: MonthWrite
     report: "PerformanceReport"
@@ -235,7 +236,7 @@ def report_performance(platform: Platform, month: Month, now: datetime) -> Perfo
             contract.service(version.service),
             seed=config.seed,
         )
-    history = performance_history(platform.database)
+    history = performance_history(platform.database, before=month)
     report = decay.performance_report(
         decay.Outcome(
             month, probabilities, scored.threshold, labels, held_out, evaluation.segment_groups(rows, config.segments)
@@ -249,8 +250,7 @@ def report_performance(platform: Platform, month: Month, now: datetime) -> Perfo
     )
     sources = {scores.CHURN_SCORES: scored.write.as_source, pipeline.TRAINING_DATASET: labelled.as_source}
     written = _keep(platform, PERFORMANCE_REPORT, month, version, report, sources, len(rows), now)
-    shown = [*(one for one in history if one.month != report.month), report]
-    return Performance(written, report, tuple(sorted(shown, key=lambda one: one.month)))
+    return Performance(written, report, (*history, report))
 
 
 def trained_months(version: Version) -> tuple[Month, ...]:
@@ -270,14 +270,26 @@ def datasets_of(version: Version) -> dict[Month, str]:
 
 def drift_history(database: Database) -> "list[DriftContent]":
     """The drift report in force of each month, oldest first."""
-    return [msgspec.convert(one.content, DriftContent) for one in reports(database, DRIFT_REPORT).values()]
+    return [_content(one, DriftContent) for one in reports(database, DRIFT_REPORT).values()]
 
 
-def performance_history(database: Database) -> "list[PerformanceReport]":
-    """The performance report in force of each month, oldest first."""
+def performance_history(database: Database, before: Month | None = None) -> "list[PerformanceReport]":
+    """The performance report in force of each month, or of those before one, oldest first."""
     from streamflow.decay import PerformanceReport
 
-    return [msgspec.convert(one.content, PerformanceReport) for one in reports(database, PERFORMANCE_REPORT).values()]
+    found = reports(database, PERFORMANCE_REPORT).values()
+    return [_content(one, PerformanceReport) for one in found if before is None or one.month < before]
+
+
+def _content(report: Report, kind: type[_Content]) -> _Content:
+    """What a report says; raises ConfigurationError for one that another version of this program has made."""
+    try:
+        return msgspec.convert(report.content, kind)
+    except msgspec.ValidationError as failure:
+        raise ConfigurationError(
+            f"the {report.kind} of {report.month} was made by another version of StreamFlow ({failure}); "
+            f"run: streamflow run {report.month}"
+        ) from failure
 
 
 # --- the record of reports ------------------------------------------------------------------------------------------

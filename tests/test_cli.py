@@ -306,6 +306,8 @@ def test_status_json_has_the_contracts_shape(streamflow: Streamflow) -> None:
     assert datetime.fromisoformat(production["promoted_at"]).utcoffset() is not None
     for month in status["months"]:
         assert {"month", "state", "revision", "rows"} <= set(month)
+    assert set(status["retraining"]) == {"retrain", "cause", "reason", "alarms"}
+    assert (status["retraining"]["retrain"], status["retraining"]["cause"]) == (False, None)
     assert [(month["revision"], month["rows"]) for month in status["months"]] == [(1, USERS)] * 3
 
 
@@ -315,7 +317,8 @@ def test_status_is_told_to_people(streamflow: Streamflow) -> None:
     assert lines[0].startswith(f"Production: version 1, trained as of 2024-01-31, threshold {threshold:g}, promoted ")
     assert lines[0].endswith(" UTC by policy")
     assert ["2024-01", "complete", "1", "600"] in [line.split() for line in lines]
-    (incomplete,) = [line for line in lines if "2024-02" in line]
+    assert "Training again: not due: nothing calls for another model than version 1" in lines
+    (incomplete,) = [line for line in lines if line.lstrip().startswith("2024-02")]
     assert incomplete.split()[-1] == "usage_agg_30d,"
 
 
