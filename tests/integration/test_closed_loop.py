@@ -220,13 +220,13 @@ def test_a_training_that_was_killed_is_begun_again_some_times_and_one_that_faile
         assert "killed" not in causes(platform)
         with pytest.raises(Killed), loop.retraining(platform, FEBRUARY, "killed", "why", by="tester", now=NOW):
             raise Killed
-    assert causes(platform)[-1] == "killed"
+    assert "killed" in causes(platform)
     with (
         pytest.raises(ValueError, match="no luck"),
         loop.retraining(platform, FEBRUARY, "failed", "why", by="tester", now=NOW),
     ):
         raise ValueError("no luck")
-    assert causes(platform)[-1] == "failed"
+    assert "failed" in causes(platform)
     with platform.database.connect() as connection:
         row = connection.execute(
             "SELECT attempts, failure FROM streamflow.retrainings WHERE cause = 'failed'"
