@@ -25,7 +25,7 @@ from streamflow.registry import PRODUCTION, SCORER_PATH, STAGING
 from streamflow.scoring import Scorer, sha256
 from streamflow.settings import Settings
 from streamflow.simulate import simulate
-from streamflow.status import month_statuses, relations
+from streamflow.status import WATCHED, month_statuses, relations
 from streamflow.tracing import as_tree, require_whole, trace_version
 from streamflow.warehouse import MonthWrite, landing_findings, month_writes, record, snapshot_findings
 
@@ -131,7 +131,7 @@ def test_prepare_is_repeatable(world: World) -> None:
 def test_every_relation_holds_the_month(world: World) -> None:
     written = world.written(JANUARY)
 
-    assert set(written) == set(relations())
+    assert set(written) == set(relations()) - set(WATCHED)
     assert {one.rows for one in written.values()} == {USERS}
     assert {one.revision for one in written.values()} == {1}
     assert {one.written_at for one in written.values()} == {NOW}
@@ -311,7 +311,7 @@ def test_the_first_version_is_promoted_by_policy_and_the_second_waits(world: Wor
         2: STAGING,
     }
     assert world.written(FEBRUARY)["registered_model_version"].facts["version"] == 2
-    assert [month.state for month in month_statuses(world.platform)][:2] == ["complete", "complete"]
+    assert [month.missing for month in month_statuses(world.platform)][:2] == [WATCHED, WATCHED]
 
 
 def test_the_registered_scorer_gives_the_registered_predictions(world: World) -> None:
@@ -513,9 +513,9 @@ def test_a_month_without_labels_goes_online_and_trains_nothing(world: World) -> 
         with pytest.raises(UnknownMonth, match="holds nothing for 2024-03"):
             step(world.platform, MARCH, NOW)
 
-    assert set(world.written(MARCH)) == set(relations()) - {"labels", *TRAINED}
+    assert set(world.written(MARCH)) == set(relations()) - {"labels", *TRAINED, *WATCHED}
     (status,) = [month for month in month_statuses(world.platform) if month.month == "2024-03"]
-    assert status.state == "unlabelled"
+    assert status.missing == ("churn_scores", "drift_report")
 
 
 def test_a_customer_without_features_trains_nothing_and_is_counted(world: World) -> None:
@@ -714,12 +714,12 @@ def test_a_version_of_several_months_is_rebuilt_identically_whatever_happened_to
 
     corrected = shutil.copytree(recent.months / str(JANUARY), tmp_path / "corrected")
     (~csv(recent, JANUARY, "labels").astype(bool)).to_csv(corrected / "labels.csv")
-    before = [one.state for one in month_statuses(platform)]
+    before = [one.stale for one in month_statuses(platform)]
     platform.landing.land(corrected, JANUARY, NOW)
     recent.data_layers(JANUARY)
     pipeline.assemble_dataset(platform, JANUARY, NOW)
     after = {one.month: one.stale for one in month_statuses(platform)}
-    assert before == ["incomplete", "complete"]
+    assert before == [(), ()]
     assert after == {"2024-01": (), "2024-02": ("churn_model", "registered_model_version")}
 
     assert pipeline.rebuild(platform, 1).identical
