@@ -1,5 +1,11 @@
-"""What runs by itself: the watch over MLflow's stages."""
+"""What runs by itself: the watch over MLflow's stages, and that every sensor says what it is for.
 
+The others are in integration/test_closed_loop.py.
+"""
+
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from types import SimpleNamespace
@@ -53,8 +59,7 @@ class Core(PlatformResource):
 
 @pytest.fixture(scope="module")
 def registry_stages() -> SensorDefinition:
-    (found,) = build_definitions().sensors
-    return found
+    return next(one for one in build_definitions().sensors if one.name == "registry_stages")
 
 
 def looked(sensor, outcome, caplog):
@@ -98,3 +103,22 @@ def test_an_mlflow_that_is_away_is_no_failure_of_ours(registry_stages, caplog):
 def test_any_other_failure_is_one(registry_stages, caplog):
     with pytest.raises(WarehouseUnavailable):
         looked(registry_stages, WarehouseUnavailable("PostgreSQL does not answer"), caplog)
+
+
+def test_every_sensor_is_described_and_runs_by_itself():
+    sensors = {one.name: one for one in build_definitions().sensors}
+    assert set(sensors) == {"landed_months", "corrections", "retraining", "registry_stages"}
+    for name, one in sensors.items():
+        assert one.description, name
+        assert one.default_status is DefaultSensorStatus.RUNNING, name
+
+
+def test_automation_can_be_off():
+    """What a person then starts is the person's; the watch over stages is not automation."""
+    code = (
+        "from streamflow_dagster.definitions import defs\n"
+        "print(sorted(one.name for one in defs.sensors if one.default_status.value == 'RUNNING'))"
+    )
+    told = {**os.environ, "STREAMFLOW_AUTOMATION": "off"}
+    done = subprocess.run([sys.executable, "-c", code], env=told, capture_output=True, text=True, check=True)
+    assert done.stdout == "['registry_stages']\n"

@@ -309,7 +309,12 @@ class Containers:
             "PATH": f"{SCRIPTS}:{BINARIES}:{os.defpath}",
             "HOME": str(self.folder / name),
             "PYTHONPATH": str(self.app),
-            **{variable: self.here(name, LOOPBACK if value in HOSTS else value) for variable, value in told.items()},
+            **{
+                variable: self.here(
+                    name, LOOPBACK if value in HOSTS and variable != "STREAMFLOW_ONLINE_STORE" else value
+                )
+                for variable, value in told.items()
+            },
         }
 
     def run(self, name: str, command: Sequence[str], **further: str) -> subprocess.CompletedProcess[str]:

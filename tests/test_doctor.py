@@ -84,7 +84,7 @@ def test_a_healthy_installation(landed: LandingZone, migrated: Database) -> None
     assert found["home"].says.startswith(f"{landed.home}, ")
     assert found["policy"].says.startswith("mode manual, ")
     assert found["PostgreSQL"].says.startswith("18.")
-    assert found["schema"].says == "at migration 0003"
+    assert found["schema"].says == "at migration 0004"
     assert found["platform role"].says == "streamflow is no superuser and cannot change the ledger"
     assert found["landing archive"].says == "2 months, every file as it landed"
     assert {found[service].says for service in ("API", "MLflow", "Dagster")} == {"not running"}
@@ -200,7 +200,7 @@ class TestDatabase:
         database = new_database()
         found = findings(settings_for(tmp_path, database))
         assert found["schema"] == Finding(
-            "schema", False, "at migration none, this version needs 0003; run `streamflow migrate`"
+            "schema", False, "at migration none, this version needs 0004; run `streamflow migrate`"
         )
         assert found["platform role"].says == (
             "streamflow finds no model_versions and no promotion_ledger and no predictions; run `streamflow migrate`"
@@ -213,7 +213,7 @@ class TestDatabase:
             connection.execute("UPDATE streamflow.alembic_version SET version_num = '0000'")
         finding = findings(settings_for(tmp_path, database))["schema"]
         assert not finding.ok
-        assert finding.says.startswith("at migration 0000, this version needs 0003; ")
+        assert finding.says.startswith("at migration 0000, this version needs 0004; ")
 
     @pytest.mark.parametrize("right", ["UPDATE", "DELETE", "TRUNCATE"])
     def test_a_role_that_may_change_the_ledger(

@@ -315,13 +315,13 @@ def ledger(prepared: Database, registry: Registry, client: mlflow.MlflowClient) 
     yield made
     client.delete_registered_model(MODEL)
     with prepared.connect(owner=True) as connection:
-        for table in APPEND_ONLY:
+        for table in (*APPEND_ONLY, "reports"):
             connection.execute(f"ALTER TABLE streamflow.{table} DISABLE TRIGGER append_only")
         connection.execute(
             "TRUNCATE streamflow.model_versions, streamflow.promotion_ledger, streamflow.stages_followed "
-            "RESTART IDENTITY"
+            "RESTART IDENTITY CASCADE"
         )
-        for table in APPEND_ONLY:
+        for table in (*APPEND_ONLY, "reports"):
             connection.execute(f"ALTER TABLE streamflow.{table} ENABLE TRIGGER append_only")
 
 
