@@ -117,6 +117,12 @@ def services_of(variables: Mapping[str, str] = PASSWORDS) -> dict[str, Service]:
 
 SERVICES = services_of()
 HOSTS = (EVERYWHERE, *SERVICES)
+
+
+def _is_host(variable: str, value: str) -> bool:
+    return value in HOSTS and variable != "STREAMFLOW_ONLINE_STORE"
+
+
 PLATFORM = {name: service for name, service in SERVICES.items() if service.build}
 STARTED = {name: service for name, service in SERVICES.items() if not service.profiles}
 MONITORING = {name: service for name, service in SERVICES.items() if service.profiles == ["monitoring"]}
