@@ -203,7 +203,8 @@ class TestDatabase:
             "schema", False, "at migration none, this version needs 0004; run `streamflow migrate`"
         )
         assert found["platform role"].says == (
-            "streamflow finds no model_versions and no promotion_ledger and no predictions and no reports and no retraining_attempts; run `streamflow migrate`"
+            "streamflow finds no model_versions and no promotion_ledger and no predictions and no reports and no "
+            "retraining_attempts; run `streamflow migrate`"
         )
 
     def test_migrated_by_another_version(self, tmp_path: Path, new_database: Callable[[], Database]) -> None:
