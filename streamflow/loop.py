@@ -136,7 +136,7 @@ def _drift(platform: Platform) -> Drift | None:
         report.drifted("none"),
         report.drifted("moderate"),
         report.drifted("large"),
-        report.score.size if report.score.significant and report.score.size != "none" else "small",
+        report.score.size if report.score.significant else "none",
     )
 
 

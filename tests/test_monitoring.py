@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from streamflow import monitoring, pipeline, scores
+from streamflow import loop, monitoring, pipeline, scores
 from streamflow.contract import CONTRACT, USER_ID
 from streamflow.database import Database
 from streamflow.errors import ConfigurationError, StreamFlowError, TrainingRefused, UnknownMonth, UnknownVersion
@@ -99,6 +99,13 @@ def test_the_month_that_was_learned_from_does_not_drift_and_is_judged_on_held_ou
     assert (report.everyone, report.drop, report.decayed) == (None, None, False)
     promised = world.platform.ledger.version(1).evidence.metrics["auc"]
     assert report.held_out.metrics["auc"].value == pytest.approx(promised.value, abs=1e-12)
+
+
+def test_a_month_that_does_not_drift_is_no_news_for_the_decision_to_train_again(world: World) -> None:
+    monitoring.report_drift(world.platform, JANUARY, NOW)
+    decision = loop.decision(world.platform, JANUARY)
+    assert (decision.retrain, decision.alarms) == (False, ())
+    assert decision.reason == "nothing calls for another model than version 1"
 
 
 def test_a_report_that_says_the_same_is_kept_once(world: World) -> None:
