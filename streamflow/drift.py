@@ -2,7 +2,7 @@
 
 Significance and size are separate findings. Significance is a two-sample test, corrected for the number of features:
 with many users it notices shifts that do not matter. Size is the population stability index (PSI): with few users it is
-large by chance alone. What follows from both is `monitoring.py`'s to decide; pictures are `plots.py`'s, the page for
+large by chance alone. What follows from both is `retraining.py`'s to decide; pictures are `plots.py`'s, the page for
 people `drift_html.py`'s. No result depends on the order of rows, on the index, on a clock or on random numbers.
 """
 

@@ -1,6 +1,7 @@
 """A month's customers scored with the Production version: ranked by what contacting them is worth, stored, exported.
 
-The scorer is scoring.py's, what a contact is worth is value.py's. Which version scores a month is pipeline's to say.
+The scorer is scoring.py's, what a contact is worth is value.py's. Which version scores a month is
+monitoring.py's to say.
 """
 
 import csv

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,7 @@ PAUSE_S = 0.01
 PATIENCE_S = 10.0
 """How long a client waits for an answer; longer than anything may take."""
 RETURN_S = 10.0
+AWAY = "feature-store-unavailable"
 """How long the service may take to be good again."""
 PROBLEMS = {
     "feature-store-unavailable": (503, "2"),
@@ -378,3 +379,22 @@ def started(settings: Settings, patch: str | None = None) -> Iterator[Service]:
             process.wait()
             service.client.close()
     assert service.defects == [], service.defects
+
+
+def check_outage(world: World, service: Service, outage: AbstractContextManager[Any]) -> None:
+    """With a load running, the feature store is away for the length of ``outage``: 503, then good again in time."""
+    with Load(service.port, world.users) as load:
+        load.goes_on()
+        with outage:
+            away = time.monotonic()
+            service.becomes(503)
+            assert '"feature_store"' in service.readiness()[1]
+            load.goes_on(503, count=12)
+            returns = time.monotonic()
+        returned = time.monotonic()
+        service.becomes(200)
+        load.goes_on()
+    assert {one.status for one in load.between(away, returns)} == {503}
+    assert min(one.received for one in load.between(returned) if one.status == 200) < returned + RETURN_S
+    world.check_answers(load, AWAY)
+    world.check_log(load)

@@ -4,13 +4,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from faults_world import RETURN_S, TURNS, Load, PostgresServer, Service, World
+from faults_world import AWAY, TURNS, Load, PostgresServer, Service, World, check_outage
 from serving_world import eventually, problem
 
 from serving.postgres import CONNECTIONS
 from streamflow.contract import CONTRACT
-
-AWAY = "feature-store-unavailable"
 
 
 @pytest.mark.parametrize("workers", [1, 2], scope="session")
@@ -18,21 +16,7 @@ AWAY = "feature-store-unavailable"
 def test_a_server_that_is_away_and_returns(
     fault: str, postgres_server: PostgresServer, world: World, service: Service
 ) -> None:
-    with Load(service.port, world.users) as load:
-        load.goes_on()
-        with getattr(postgres_server, fault)():
-            away = time.monotonic()
-            service.becomes(503)
-            assert '"feature_store"' in service.readiness()[1]
-            load.goes_on(503, count=12)
-            returns = time.monotonic()
-        returned = time.monotonic()
-        service.becomes(200)
-        load.goes_on()
-    assert {one.status for one in load.between(away, returns)} == {503}
-    assert min(one.received for one in load.between(returned) if one.status == 200) < returned + RETURN_S
-    world.check_answers(load, AWAY)
-    world.check_log(load)
+    check_outage(world, service, getattr(postgres_server, fault)())
 
 
 def test_all_connections_in_use(world: World, service: Service) -> None:

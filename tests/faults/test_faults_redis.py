@@ -1,14 +1,11 @@
 """Redis away and silent, under load, in the profile that has the online features there."""
 
-import time
 from collections.abc import Iterator
 
 import pytest
-from faults_world import RETURN_S, Load, Service, World, free_port, started
+from faults_world import Service, World, check_outage, free_port, started
 from scratch_redis import RedisServer, redis_of_its_own
 from serving_world import Platform
-
-AWAY = "feature-store-unavailable"
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +34,4 @@ def service(in_redis: World, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def test_a_redis_that_is_away_and_returns(
     fault: str, redis_server: RedisServer, in_redis: World, service: Service
 ) -> None:
-    with Load(service.port, in_redis.users) as load:
-        load.goes_on()
-        with getattr(redis_server, fault)():
-            away = time.monotonic()
-            service.becomes(503)
-            assert '"feature_store"' in service.readiness()[1]
-            load.goes_on(503, count=12)
-            returns = time.monotonic()
-        returned = time.monotonic()
-        service.becomes(200)
-        load.goes_on()
-    assert {one.status for one in load.between(away, returns)} == {503}
-    assert min(one.received for one in load.between(returned) if one.status == 200) < returned + RETURN_S
-    in_redis.check_answers(load, AWAY)
-    in_redis.check_log(load)
+    check_outage(in_redis, service, getattr(redis_server, fault)())
