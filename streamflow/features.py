@@ -25,7 +25,7 @@ from streamflow.months import Month
 from streamflow.relations import ONLINE_STORE, POSTGRES, REDIS
 from streamflow.relations import is_published as is_published
 from streamflow.settings import PROJECT_ROOT
-from streamflow.warehouse import MonthWrite, copy_in, month_write, record, rows_digest
+from streamflow.warehouse import MonthWrite, copy_in, copy_out, month_write, record, rows_digest
 
 if TYPE_CHECKING:
     import feast
@@ -35,6 +35,7 @@ EVENT_TIMESTAMP = "event_timestamp"
 OWNER = "data-science"
 ONLINE = "online"
 INSTANT = timedelta(microseconds=1)
+_ARROW = {"category": pa.string(), "boolean": pa.bool_(), "integer": pa.int64(), "float": pa.float64()}
 SAME_DAY = timedelta(days=1)
 """How long a snapshot holds: whoever is not in a month's snapshot has no features, not those of an earlier month."""
 
@@ -424,9 +425,16 @@ def _as_known(
     with database.connect() as connection:
         if connection.execute(sql.SQL("SELECT EXISTS ({})").format(customers)).fetchone() == (False,):
             raise UnknownMonth(lacking)
-    job: Any = store.get_historical_features(
-        entity_df=customers.as_string(None),
-        features=[f"{view.name}:{column.name}" for view in contract.views for column in view.columns],
-    )
-    frame: pd.DataFrame = job.to_df()
+        columns = [(view, column) for view in contract.views for column in view.columns]
+        job: Any = store.get_historical_features(
+            entity_df=customers.as_string(None), features=[f"{view.name}:{column.name}" for view, column in columns]
+        )
+        # PostgreSQL takes Feast's filters by time to leave a single row and loops over all rows for each of them.
+        connection.execute("SET LOCAL enable_nestloop = off")
+        types = {
+            USER_ID: pa.string(),
+            EVENT_TIMESTAMP: pa.timestamp("us", tz="UTC"),
+            **{column.name: _ARROW[column.kind] for _, column in columns},
+        }
+        frame: pd.DataFrame = copy_out(connection, sql.SQL(job.to_sql()), types).to_pandas()
     return frame

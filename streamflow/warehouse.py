@@ -313,16 +313,19 @@ def snapshot_digest(connection: psycopg.Connection[Any], table: Table, month: Mo
 
 
 def rows_digest(connection: psycopg.Connection[Any], query: sql.Composable) -> str:
-    """SHA-256 of an ordered query's rows as CSV; floats in their shortest exact form, times in UTC."""
-    connection.execute("SET LOCAL datestyle = 'ISO'; SET LOCAL timezone = 'UTC'; SET LOCAL extra_float_digits = 1")
+    """SHA-256 of a query's rows as CSV, in the order that the query gives them."""
     digest = hashlib.sha256()
-    with (
-        connection.cursor() as cursor,
-        cursor.copy(sql.SQL("COPY ({}) TO STDOUT (FORMAT csv, HEADER, ENCODING 'UTF8')").format(query)) as copy,
-    ):
-        for block in copy:
-            digest.update(block)
+    for block in _csv(connection, query):
+        digest.update(block)
     return digest.hexdigest()
+
+
+def _csv(connection: psycopg.Connection[Any], query: sql.Composable) -> Iterator[bytes]:
+    """A query's rows as CSV with a header; floats in their shortest exact form, times in UTC."""
+    connection.execute("SET LOCAL datestyle = 'ISO'; SET LOCAL timezone = 'UTC'; SET LOCAL extra_float_digits = 1")
+    statement = sql.SQL("COPY ({}) TO STDOUT (FORMAT csv, HEADER, ENCODING 'UTF8')").format(query)
+    with connection.cursor() as cursor, cursor.copy(statement) as copy:
+        yield from map(bytes, copy)
 
 
 def month_write(connection: psycopg.Connection[Any], relation: str, month: Month) -> MonthWrite:
@@ -389,6 +392,24 @@ def copy_in(connection: psycopg.Connection[Any], target: sql.Composable, rows: p
             block = io.BytesIO()
             pyarrow.csv.write_csv(batch, block, pyarrow.csv.WriteOptions(include_header=False))
             copy.write(block.getbuffer())
+
+
+def copy_out(connection: psycopg.Connection[Any], query: sql.Composable, types: Mapping[str, pa.DataType]) -> pa.Table:
+    """COPY a query's rows out as an Arrow table of the columns and types named."""
+    columns = sql.SQL(", ").join(map(sql.Identifier, types))
+    text = b"".join(_csv(connection, sql.SQL("SELECT {} FROM ({}) AS asked").format(columns, query)))
+    return pyarrow.csv.read_csv(
+        pa.BufferReader(text),
+        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True, ignore_empty_lines=False),
+        convert_options=pyarrow.csv.ConvertOptions(
+            column_types=types,
+            null_values=[""],
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
+            true_values=["t"],
+            false_values=["f"],
+        ),
+    )
 
 
 def finding_names(table: Table, *, snapshot: bool) -> list[str]:

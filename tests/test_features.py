@@ -19,6 +19,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from psycopg import sql
 from test_warehouse import execute, land, random_rows
 
 from streamflow import features, landing, stack
@@ -37,7 +38,7 @@ from streamflow.database import Database
 from streamflow.errors import UnknownMonth
 from streamflow.months import Month
 from streamflow.settings import Settings
-from streamflow.warehouse import MonthWrite, build_snapshot, migrate, month_write, write_month
+from streamflow.warehouse import MonthWrite, build_snapshot, copy_out, migrate, month_write, write_month
 
 JANUARY, FEBRUARY, MARCH = MONTHS = (Month(2024, 1), Month(2024, 2), Month(2024, 3))
 NOW = datetime(2024, 4, 5, 6, 7, tzinfo=UTC)
@@ -415,6 +416,28 @@ def test_later_months_change_nothing_in_what_was_retrieved(leaky: Database, stor
     label(leaky, MARCH, {"a": True, "new": False})
     pd.testing.assert_frame_equal(retrieve(leaky, store, JANUARY), january)
     pd.testing.assert_frame_equal(retrieve(leaky, store, FEBRUARY), february)
+
+
+def test_retrieval_never_loops_over_all_rows_for_each_row(
+    clean: Database, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What PostgreSQL planned once it had counted the rows: 14 s for 7,043 customers instead of 0.2 s."""
+    users = [f"user {number}" for number in range(300)]
+    for month in (JANUARY, FEBRUARY):
+        land(clean, month, users, seed=month.number, tables=CONTRACT.snapshots)
+    with clean.connect(owner=True) as connection:
+        connection.execute("ANALYZE")
+    plans = []
+
+    def explained(connection: Any, query: Any, types: Any) -> pa.Table:
+        plans.append("\n".join(line for (line,) in connection.execute(sql.SQL("EXPLAIN ") + query)))
+        return copy_out(connection, query, types)
+
+    monkeypatch.setattr(features, "copy_out", explained)
+    assert len(features.features_of_month(clean, store, FEBRUARY)) == 300
+    (plan,) = plans
+    assert "customer_fv__base" in plan
+    assert "Nested Loop" not in plan
 
 
 def test_a_user_whom_the_month_does_not_know_has_no_features_of_an_earlier_one(leaky: Database, store: Any) -> None:

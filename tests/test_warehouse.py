@@ -27,6 +27,7 @@ from streamflow.warehouse import (
     MonthWrite,
     build_snapshot,
     copy_in,
+    copy_out,
     finding_names,
     landing_findings,
     migrate,
@@ -292,6 +293,17 @@ def test_copy_brings_every_value_to_the_last_bit(scratch: psycopg.Connection[Any
     copy_in(scratch, sql.Identifier("scratch"), table)
     arrived = scratch.execute("SELECT * FROM scratch").fetchall()
     assert sorted(map(_exactly, arrived)) == sorted(map(_exactly, rows))
+    taken = copy_out(scratch, sql.SQL("SELECT * FROM scratch"), dict(zip(COPIED.names, COPIED.types, strict=True)))
+    assert taken.schema == COPIED
+    assert sorted(_exactly(tuple(row.values())) for row in taken.to_pylist()) == sorted(map(_exactly, rows))
+
+
+@pytest.mark.parametrize("words", [[None], ["", None, ""], []])
+def test_a_row_whose_only_value_is_missing_is_copied_out(scratch: psycopg.Connection[Any], words: list[Any]) -> None:
+    scratch.execute("TRUNCATE scratch")
+    copy_in(scratch, sql.Identifier("scratch"), pa.table({"words": pa.array(words, pa.string())}))
+    taken = copy_out(scratch, sql.SQL("SELECT whole, words FROM scratch"), {"words": pa.string()})
+    assert taken.to_pydict() == {"words": words}
 
 
 def test_copy_brings_every_block(scratch: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch) -> None:
