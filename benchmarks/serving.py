@@ -35,7 +35,7 @@ import psutil
 import uvloop
 
 from benchmarks.months import MONTH, REAL_MONTH, assembled, folder_of_a_month
-from streamflow import pipeline
+from streamflow import pipeline, stack
 from streamflow.contract import CONTRACT, USER_ID
 from streamflow.embedded import postgres
 from streamflow.scoring import Scorer
@@ -339,24 +339,23 @@ def main() -> None:
         serve_empty(arguments.empty)
         return
     load_before = os.getloadavg()
-    with ExitStack() as stack:
-        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="streamflow-bench-")))
+    with ExitStack() as opened:
+        home = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="streamflow-bench-")))
         settings = Settings(home=home, api_port=free_port())
         if arguments.redis:
-            url = stack.enter_context(redis_server(home))
+            url = opened.enter_context(redis_server(home))
             settings = settings.model_copy(update={"online_store": "redis", "redis_url": url})
-        database = stack.enter_context(postgres(settings))
+        database = opened.enter_context(postgres(settings))
         installed = pipeline.Platform(settings, database)
         users = prepared(installed)
         if arguments.users:
             users = add_users(installed, arguments.users)
-        served = settings.model_copy(update={"database_url": database.url})
-        environment = {**served.environment(), "BENCHMARK_USER": users[0]}
+        environment = {**stack.command("api", settings, database).environment, "BENCHMARK_USER": users[0]}
         starts = [started(settings, environment) for _ in range(arguments.repeats)]
         ports = {"empty": free_port(), "ours": settings.api_port}
         command = [sys.executable, "-m", "benchmarks.serving", "--empty", str(ports["empty"])]
-        stack.enter_context(process(command, ports["empty"], {}))
-        server = stack.enter_context(process(SERVICE, ports["ours"], environment))
+        opened.enter_context(process(command, ports["empty"], {}))
+        server = opened.enter_context(process(SERVICE, ports["ours"], environment))
         with httpx.Client(base_url=f"http://127.0.0.1:{ports['ours']}") as client:
             while client.get("/ready").status_code != 200:
                 time.sleep(0.05)

@@ -18,11 +18,13 @@ CONNECT_TIMEOUT_S = 10
 class Database:
     """One PostgreSQL database: ``url`` is the platform's role, ``owner_url`` migrates and owns the ledger.
 
-    Both are ``postgresql://user:password@host:port/name`` addresses.
+    Both are ``postgresql://user:password@host:port/name`` addresses. ``socket_url`` is ``url`` by way of a Unix socket,
+    which takes less time, where there is one.
     """
 
     url: str
     owner_url: str
+    socket_url: str | None = None
 
     def libpq(self, schema: str = SCHEMA, **server_settings: str) -> str:
         """The platform's address with that search path (and any further server settings), in UTC."""

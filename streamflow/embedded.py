@@ -48,7 +48,6 @@ DATABASE_NAME = "streamflow"
 
 _SERVER_SETTINGS = {
     "listen_addresses": LOOPBACK,
-    "unix_socket_directories": "",
     "max_connections": "200",
     "shared_buffers": "128MB",
     "jit": "off",
@@ -56,7 +55,12 @@ _SERVER_SETTINGS = {
     "log_timezone": "UTC",
     "log_line_prefix": "%m [%p] %q%u@%d ",
 }
-_LOGINS = f"host all {PLATFORM_ROLE},{OWNER_ROLE} {LOOPBACK}/32 scram-sha-256\n"
+_LOGINS = (
+    f"host all {PLATFORM_ROLE},{OWNER_ROLE} {LOOPBACK}/32 scram-sha-256\n"
+    f"local all {PLATFORM_ROLE},{OWNER_ROLE} scram-sha-256\n"
+)
+_LONGEST_SOCKET = 107
+"""Bytes of the path of a Unix socket; unix(7)."""
 _START_TIMEOUT_S = 120
 _START_ATTEMPTS = 3
 _NOBODY = 65534
@@ -97,7 +101,11 @@ def create_database(database: Database, name: str) -> Database:
     with psycopg.connect(database.owner_url, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S) as connection:
         for statement in _creation(name, owner=_role(database.owner_url), platform=_role(database.url)):
             connection.execute(statement)
-    return Database(url=_renamed(database.url, name), owner_url=_renamed(database.owner_url, name))
+    return Database(
+        url=_renamed(database.url, name),
+        owner_url=_renamed(database.owner_url, name),
+        socket_url=_renamed(database.socket_url, name) if database.socket_url else None,
+    )
 
 
 def _checked_url(url: str, variable: str) -> str:
@@ -185,11 +193,15 @@ class _Server:
         passwords = self._passwords()
         if not self.data.exists():
             self._initialise(passwords)
-        port = self._port()
+        port, folder = self._port_and_socket()
         urls = {
             role: f"postgresql://{role}:{word}@{LOOPBACK}:{port}/{DATABASE_NAME}" for role, word in passwords.items()
         }
-        database = Database(url=urls[PLATFORM_ROLE], owner_url=urls[OWNER_ROLE])
+        socket_url = (
+            f"postgresql://{PLATFORM_ROLE}:{passwords[PLATFORM_ROLE]}@/{DATABASE_NAME}"
+            f"?host={quote(folder, safe='')}&port={port}"
+        )
+        database = Database(urls[PLATFORM_ROLE], urls[OWNER_ROLE], socket_url if folder else None)
         self._check_identity(database)
         return database
 
@@ -214,36 +226,39 @@ class _Server:
         initdb += ["--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C", "--no-sync"]
         initdb += [f"--set={name}={value}" for name, value in _SERVER_SETTINGS.items()]
         self._run_or_refuse(fresh, initdb)
-        (fresh / "pg_hba.conf").write_text(_LOGINS)
         single_user = ["postgres", "--single", "-j", "-c", "exit_on_error=on", "-D", str(fresh), "postgres"]
         self._run_or_refuse(fresh, single_user, stdin=_bootstrap(passwords))
         self._run_or_refuse(fresh, ["initdb", f"--pgdata={fresh}", "--sync-only"])
         fresh.rename(self.data)
 
-    def _port(self) -> int:
+    def _port_and_socket(self) -> tuple[int, str]:
         for attempt in range(1 + _START_ATTEMPTS):
             if attempt:
                 self._launch()
-            port = self._ready_port()
-            if port is not None:
-                return port
+            found = self._when_ready()
+            if found is not None:
+                return found
         raise WarehouseUnavailable(f"PostgreSQL does not start; the end of {self.log}:\n{_tail(self.log)}")
 
-    def _ready_port(self) -> int | None:
-        """The port of the running server as soon as it accepts connections; None when none runs on this folder."""
+    def _when_ready(self) -> tuple[int, str] | None:
+        """The running server's port and its socket's folder, empty if it has none, as soon as it accepts connections.
+
+        None when none runs on this folder.
+        """
         deadline = time.monotonic() + _START_TIMEOUT_S
         while time.monotonic() < deadline:
             lines = self._running()
             if not lines:
                 return None
             if len(lines) > 7 and lines[7].strip() == "ready":
-                return int(lines[3])
+                return int(lines[3]), lines[4].strip()
             time.sleep(0.05)
         raise WarehouseUnavailable(f"PostgreSQL is not ready in {_START_TIMEOUT_S} s; see {self.log}")
 
     def _running(self) -> list[str]:
-        """The lines of postmaster.pid (number, folder, start, port, ..., state), none unless that process is ours.
+        """The lines of postmaster.pid, none unless that process is ours.
 
+        They are: number, folder, start, port, the socket's folder, host, shared memory, state.
         Source: PostgreSQL 18, src/include/utils/pidfile.h.
         """
         try:
@@ -256,9 +271,16 @@ class _Server:
         self._forget_stranger()
         with socket.create_server((LOOPBACK, 0)) as probe:
             port = probe.getsockname()[1]
+        (self.data / "pg_hba.conf").write_text(_LOGINS)
+        options = f"-p {port} -k {shlex.quote(self._socket_folder(port))}"
         start = ["pg_ctl", "start", "--silent", "--wait", f"--timeout={_START_TIMEOUT_S}", f"--pgdata={self.data}"]
         with self.log.open("ab") as log:
-            self._run(self.data, [*start, f"--options=-p {port}"], stdout=log)
+            self._run(self.data, [*start, f"--options={options}"], stdout=log)
+
+    def _socket_folder(self, port: int) -> str:
+        """Where the server's Unix socket is to be; nowhere if its path is too long or, for a client, several hosts."""
+        path = str(self.data / f".s.PGSQL.{port}")
+        return "" if len(os.fsencode(path)) > _LONGEST_SOCKET or "," in path else str(self.data)
 
     def _forget_stranger(self) -> None:
         """Remove a postmaster.pid whose number is another program's by now, for which PostgreSQL would not start.

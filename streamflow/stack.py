@@ -86,6 +86,8 @@ def command(service: str, settings: Settings, database: Database) -> Command:
         # Eight more processes for jobs of MLflow's that nobody here submits.
         variables["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     if service == "api":
+        if not settings.online_redis_url:  # which is read through Feast, and that takes a host
+            variables["STREAMFLOW_DATABASE_URL"] = database.socket_url or database.url
         variables["STREAMFLOW_MLFLOW_URI"] = settings.mlflow_uri or Addresses.of(settings).mlflow
     return Command(argv[service], variables)
 

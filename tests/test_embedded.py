@@ -154,7 +154,6 @@ class TestServer:
             ("SHOW jit", "off"),
             ("SHOW password_encryption", "scram-sha-256"),
             ("SHOW listen_addresses", "127.0.0.1"),
-            ("SHOW unix_socket_directories", ""),
             ("SHOW lc_messages", "C"),
             ("SELECT pg_encoding_to_char(encoding) FROM pg_database WHERE datname = current_database()", "UTF8"),
             ("SELECT datlocale FROM pg_database WHERE datname = current_database()", "C.UTF-8"),
@@ -173,6 +172,21 @@ class TestServer:
         with pytest.raises(WarehouseUnavailable):
             value(Database(url=f"postgresql://{role}@{address}", owner_url=""), "SELECT 1")
 
+    def test_its_socket_lies_in_the_data_folder_and_asks_for_the_same_password(self, database: Database) -> None:
+        where = [value(database, f"SHOW {one}", owner=True) for one in ("unix_socket_directories", "data_directory")]
+        assert where[0] == where[1]
+        assert database.socket_url is not None
+        peer = "SELECT current_user, inet_server_addr() IS NULL"
+        with psycopg.connect(database.socket_url) as connection:
+            assert connection.execute(peer).fetchone() == ("streamflow", True)
+        another = create_database(database, "by socket")
+        with psycopg.connect(str(another.socket_url)) as connection:
+            assert connection.execute("SELECT current_database()").fetchone() == ("by socket",)
+        for role in ("postgres:x", "streamflow:x"):
+            address = f"postgresql://{role}@{database.socket_url.partition('@')[2]}"
+            with pytest.raises(psycopg.OperationalError):
+                psycopg.connect(address)
+
     def test_secrets_are_the_users_alone(self, home: Path) -> None:
         passwords = home / "postgres" / "passwords.json"
         assert stat.S_IMODE(passwords.stat().st_mode) == 0o600
@@ -190,6 +204,17 @@ class TestServer:
         assert value(one, "SELECT current_database()", owner=True) == "module one"
         assert value(one, "SELECT to_regclass('streamflow.t')::text") == "t"
         assert value(other, "SELECT to_regclass('streamflow.t')::text") is None
+
+
+def test_a_folder_has_a_socket_unless_its_path_cannot_be_one(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as short:
+        odd = Path(short) / "it's a home & more"
+        with postgres(settings(odd)) as database, psycopg.connect(str(database.socket_url)) as connection:
+            assert connection.execute("SELECT inet_server_addr()").fetchone() == (None,)
+    for name in ("long" * 25, "two, hosts"):
+        with postgres(settings(tmp_path / name)) as database:
+            assert database.socket_url is None
+            assert value(database, "SELECT 1") == 1
 
 
 class TestSharing:

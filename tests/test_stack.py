@@ -1,5 +1,6 @@
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -67,6 +68,21 @@ def test_programs_exist(service: str, settings: Settings) -> None:
 def test_an_unknown_service_is_a_mistake_of_ours(settings: Settings) -> None:
     with pytest.raises(KeyError):
         stack.command("redis", settings, DATABASE)
+
+
+def test_the_service_goes_by_the_socket_if_there_is_one(settings: Settings) -> None:
+    by_socket = "postgresql://platform:secret@/sf?host=%2Ftmp&port=5432"
+    reachable = replace(DATABASE, socket_url=by_socket)
+    with_redis = settings.model_copy(update={"online_store": "redis", "redis_url": "redis://r:6379/0"})
+
+    def address(service: str, settings: Settings, database: Database) -> str:
+        return stack.command(service, settings, database).environment["STREAMFLOW_DATABASE_URL"]
+
+    assert {name: address(name, settings, reachable) for name in stack.SERVICES} == {
+        name: by_socket if name == "api" else DATABASE.url for name in stack.SERVICES
+    }
+    assert address("api", settings, DATABASE) == DATABASE.url
+    assert address("api", with_redis, reachable) == DATABASE.url
 
 
 @pytest.mark.parametrize("service", stack.SERVICES)
