@@ -93,6 +93,12 @@ class Postgres:
                 self._release(connection)
 
     async def _connection(self) -> Any:
+        if self._idle and not self._places.locked():  # the usual case, for which a time limit costs too much
+            await self._places.acquire()
+            connection = self._idle.pop()
+            if not connection.is_closed():
+                return connection
+            self._places.release()
         async with asyncio.timeout(WAIT_S):
             await self._places.acquire()
             try:

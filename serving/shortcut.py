@@ -10,6 +10,7 @@ from litestar._asgi.utils import is_valid_host
 from litestar.types import ASGIApp, Receive, Scope, Send
 
 from serving.problems import refuse
+from serving.protocol import WHOLE
 from serving.routes import MAX_BODY, Service, body_deadline, body_too_late, predicted
 from serving.schemas import PredictRequest
 
@@ -31,12 +32,15 @@ class Shortcut:
         if not _is_usual(scope):
             await self._app(scope, receive, send)
             return
-        try:
-            async with body_deadline():
-                message = await receive()
-        except TimeoutError:
-            await refuse(scope, send, body_too_late())
-            return
+        if WHOLE in scope["state"]:
+            message = await receive()
+        else:
+            try:
+                async with body_deadline():
+                    message = await receive()
+            except TimeoutError:
+                await refuse(scope, send, body_too_late())
+                return
         asked = _asked(message)
         if asked is None:
             await self._app(scope, _again(message, receive), send)
