@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
+from typing import cast
 
 import msgspec
 
@@ -18,6 +19,8 @@ from streamflow.scoring import UnscorableFeatures, decide
 
 MOST_TOGETHER = 256
 """Single customers that share a query and a model call."""
+QUESTIONS = 2
+"""How many shared queries are under way at most: PostgreSQL answers one while the other's customers are scored."""
 IN_PLACE = 64
 """More rows than these are scored in a thread, so that other requests need not wait for them."""
 
@@ -78,7 +81,7 @@ class Predictor:
     """Reads features and scores them with the served model.
 
     Customers who are asked for one by one while others are being scored are then scored together: one query and one
-    model call for all of them. Who asks while nothing is under way waits for nobody.
+    model call for all of them. Who asks while fewer than ``QUESTIONS`` queries are under way waits for nobody.
     """
 
     def __init__(
@@ -95,7 +98,7 @@ class Predictor:
         self._clock = clock
         self._metrics = metrics
         self._waiting: list[tuple[str, asyncio.Future[Outcome]]] = []
-        self._answering: asyncio.Task[None] | None = None
+        self._answering: set[asyncio.Task[None]] = set()
         self._explaining = asyncio.Lock()
 
     @property
@@ -119,8 +122,8 @@ class Predictor:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Outcome] = loop.create_future()
         self._waiting.append((user_id, future))
-        if self._answering is None:
-            self._answering = loop.create_task(self._answer())
+        if len(self._answering) < QUESTIONS:
+            self._answering.add(loop.create_task(self._answer()))
         outcome = await future
         if isinstance(outcome, StreamFlowError):
             raise outcome
@@ -148,7 +151,7 @@ class Predictor:
                 for (_, future), outcome in zip(asked, outcomes, strict=True):
                     if not future.done():
                         future.set_result(outcome)
-        self._answering = None
+        self._answering.remove(cast("asyncio.Task[None]", asyncio.current_task()))
 
     async def predict_all(self, user_ids: Sequence[str]) -> list[Outcome]:
         """Score each customer, or say why not, in the order asked for; raises NoModel or WarehouseUnavailable."""

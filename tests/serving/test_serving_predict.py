@@ -187,21 +187,29 @@ def test_who_asks_while_others_are_scored_is_scored_together(artifacts: tuple[by
     async def scenario() -> None:
         store = SlowStore()
         predictor = _predictor(store, artifacts[0])  # type: ignore[arg-type]
-        first = asyncio.create_task(predictor.predict("first"))
-        await _turns()
-        assert store.asked == [["first"]]
+        under_way = []
+        for user in ("first", "second"):
+            under_way.append(asyncio.create_task(predictor.predict(user)))
+            await _turns()
+        assert store.asked == [["first"], ["second"]]
         later = [asyncio.create_task(predictor.predict(user)) for user in ("a", "nobody", "b", "a")]
         await _turns()
-        assert (store.asked, predictor.waiting) == ([["first"]], 4)
+        assert (store.asked, predictor.waiting) == ([["first"], ["second"]], 4)
         store.may_answer.set()
-        answers = await asyncio.gather(first, *later, return_exceptions=True)
-        assert store.asked == [["first"], ["a", "nobody", "b", "a"]]
-        assert [answer.user_id for answer in answers if isinstance(answer, Scored)] == ["first", "a", "b", "a"]
-        assert isinstance(answers[2], UnknownUser)
+        answers = await asyncio.gather(*under_way, *later, return_exceptions=True)
+        assert store.asked == [["first"], ["second"], ["a", "nobody", "b", "a"]]
+        assert [answer.user_id for answer in answers if isinstance(answer, Scored)] == [
+            "first",
+            "second",
+            "a",
+            "b",
+            "a",
+        ]
+        assert isinstance(answers[3], UnknownUser)
         assert predictor.waiting == 0
-        alone = await predictor.predict("b")
-        assert store.asked[2:] == [["b"]]
-        assert alone == answers[3]
+        for user in ("b", "a", "b"):
+            assert await predictor.predict(user) == answers[4 if user == "b" else 2]
+        assert store.asked[3:] == [["b"], ["a"], ["b"]]
 
     asyncio.run(scenario())
 
@@ -230,20 +238,23 @@ def test_who_waits_behind_a_failure_shares_it_and_the_next_one_is_asked_anew(
     async def scenario() -> None:
         store = SlowStore(failure)
         predictor = _predictor(store, artifacts[0])  # type: ignore[arg-type]
-        first = asyncio.create_task(predictor.predict("first"))
-        await _turns()
+        under_way = []
+        for user in ("first", "second"):
+            under_way.append(asyncio.create_task(predictor.predict(user)))
+            await _turns()
         behind = asyncio.create_task(predictor.predict("behind"))
         given_up = asyncio.create_task(predictor.predict("given up"))
         await _turns()
         given_up.cancel()
         await _turns()
         store.may_answer.set()
-        answers = await asyncio.gather(first, behind, return_exceptions=True)
-        assert [type(answer) for answer in answers] == [type(failure)] * 2
-        assert store.asked == [["first"]]
-        with pytest.raises(type(failure)):
-            await predictor.predict("next")
-        assert store.asked == [["first"], ["next"]]
+        answers = await asyncio.gather(*under_way, behind, return_exceptions=True)
+        assert [type(answer) for answer in answers] == [type(failure)] * 3
+        assert store.asked == [["first"], ["second"]]
+        for user in ("next", "one more", "the third"):
+            with pytest.raises(type(failure)):
+                await predictor.predict(user)
+        assert store.asked[2:] == [["next"], ["one more"], ["the third"]]
 
     asyncio.run(scenario())
 
