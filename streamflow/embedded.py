@@ -49,12 +49,13 @@ DATABASE_NAME = "streamflow"
 _SERVER_SETTINGS = {
     "listen_addresses": LOOPBACK,
     "max_connections": "200",
-    "shared_buffers": "128MB",
     "jit": "off",
     "timezone": "UTC",
     "log_timezone": "UTC",
     "log_line_prefix": "%m [%p] %q%u@%d ",
 }
+_BUFFERS = (128 << 20, 1 << 30)
+"""Least and most bytes of shared buffers; between, a quarter of the memory, as PostgreSQL's manual advises."""
 _LOGINS = (
     f"host all {PLATFORM_ROLE},{OWNER_ROLE} {LOOPBACK}/32 scram-sha-256\n"
     f"local all {PLATFORM_ROLE},{OWNER_ROLE} scram-sha-256\n"
@@ -272,7 +273,9 @@ class _Server:
         with socket.create_server((LOOPBACK, 0)) as probe:
             port = probe.getsockname()[1]
         (self.data / "pg_hba.conf").write_text(_LOGINS)
-        options = f"-p {port} -k {shlex.quote(self._socket_folder(port))}"
+        least, most = _BUFFERS
+        buffers = min(max(psutil.virtual_memory().total // 4, least), most) >> 20
+        options = f"-p {port} -k {shlex.quote(self._socket_folder(port))} -c shared_buffers={buffers}MB"
         start = ["pg_ctl", "start", "--silent", "--wait", f"--timeout={_START_TIMEOUT_S}", f"--pgdata={self.data}"]
         with self.log.open("ab") as log:
             self._run(self.data, [*start, f"--options={options}"], stdout=log)

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -215,6 +216,15 @@ def test_a_folder_has_a_socket_unless_its_path_cannot_be_one(tmp_path: Path) -> 
         with postgres(settings(tmp_path / name)) as database:
             assert database.socket_url is None
             assert value(database, "SELECT 1") == 1
+
+
+@pytest.mark.parametrize(("memory", "buffers"), [(100 << 20, "128MB"), (2 << 30, "512MB"), (512 << 30, "1GB")])
+def test_it_takes_a_quarter_of_the_memory_within_bounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, buffers: str
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=memory))
+    with postgres(settings(tmp_path)) as database:
+        assert value(database, "SHOW shared_buffers") == buffers
 
 
 class TestSharing:
