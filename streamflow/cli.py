@@ -752,7 +752,7 @@ def backtest(
 
     from streamflow import backtest as replay
     from streamflow import plots
-    from streamflow.gates import Policy
+    from streamflow.policy import Policy
     from streamflow.training_config import TrainingConfig
 
     settings = Settings.load()

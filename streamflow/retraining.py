@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from streamflow.decay import PerformanceReport
-from streamflow.gates import RetrainingPolicy
 from streamflow.months import Month
+from streamflow.policy import RetrainingPolicy
 
 Kind = Literal["no_model", "corrected_data", "decay", "slide", "drift", "more_data"]
 Size = Literal["none", "small", "moderate", "large"]

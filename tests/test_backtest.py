@@ -30,8 +30,8 @@ from streamflow.dataset import split
 from streamflow.decay import Achieved, Finding, PerformanceReport
 from streamflow.errors import ConfigurationError, TrainingRefused
 from streamflow.evaluation import Comparison, SegmentComparison
-from streamflow.gates import Policy
 from streamflow.months import Month
+from streamflow.policy import Policy
 from streamflow.retraining import Drift, Production, Situation
 from streamflow.settings import PROJECT_ROOT, Settings
 from streamflow.simulate import TRUTH, Scenario, frames
