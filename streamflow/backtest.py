@@ -335,8 +335,9 @@ def _known(
     performance = None
     if "performance" in policy.watches and newest in run.predicted_by:
         version = run.predicted_by[newest]
-        performance = world.performance(version, run.versions[version], newest, run.reports, product.decay)
-        run.reports.append(performance)
+        report = world.performance(version, run.versions[version], newest, run.reports, product.decay)
+        run.reports.append(report)
+        performance = msgspec.convert(report, retraining.Performance, from_attributes=True)
     return Situation(
         newest=newest,
         production=retraining.Production(run.production, run.window.months),

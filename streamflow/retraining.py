@@ -1,20 +1,21 @@
 """Whether to train again: what makes it necessary, what forbids it, and what a person must be told; a pure function.
 
-Deciding belongs here. What is found out about a month is `decay.py`'s and the drift report's, training and choosing
-among windows of months is done elsewhere, and who may be promoted is `promotion.py`'s.
+Deciding belongs here. What is known then is read by `situation.py`. What is found out about a month is `decay.py`'s and
+the drift report's, training and choosing among windows of months is done elsewhere, and who may be promoted is
+`promotion.py`'s. Nothing heavy is imported: the service decides too, to show it.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from streamflow.decay import PerformanceReport
 from streamflow.months import Month
 from streamflow.policy import RetrainingPolicy
 
 Kind = Literal["no_model", "corrected_data", "decay", "slide", "drift", "more_data"]
 Size = Literal["none", "small", "moderate", "large"]
 _SIZES: tuple[Size, ...] = ("none", "small", "moderate", "large")
+Obstacle = Literal["no_newer_labels", "cooldown", "maximum_per_year", "give_up_after"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,31 @@ class Production:
 
     version: int
     trained_on: tuple[Month, ...]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Whether something is so, and a sentence about it."""
+
+    found: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Performance:
+    """What the performance report of ``month`` found of the ``version`` that scored it."""
+
+    month: str
+    version: int
+    worse_than_promised: Finding
+    no_better_than_chance: Finding
+    worse_calibrated: Finding
+    sliding: Finding
+
+    @property
+    def decayed(self) -> bool:
+        """Whether the version ranks worse than it promised, or no better than chance."""
+        return self.worse_than_promised.found or self.no_better_than_chance.found
 
 
 @dataclass(frozen=True)
@@ -75,10 +101,23 @@ class Situation:
 
     newest: Month | None
     production: Production | None
-    performance: PerformanceReport | None
+    performance: Performance | None
     drift: Drift | None
     corrected: tuple[Correction, ...]
     past: tuple[Retraining, ...]
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What a person must look at, and ``says`` why.
+
+    Something calls for another model, and an ``obstacle`` forbids to train it; or, with none, Production's
+    probabilities are off, for which no model is trained.
+    """
+
+    about: Kind | Literal["worse_calibrated"]
+    obstacle: Obstacle | None
+    says: str
 
 
 @dataclass(frozen=True)
@@ -86,13 +125,13 @@ class RetrainingDecision:
     """Whether to train again on the labelled months up to the newest.
 
     ``cause`` names what for and never changes for the same thing, so that it serves as a key: ``decay:2024-02:version
-    1``. It is None without a retraining. ``reason`` is a sentence; ``alarms`` are what a person must look at.
+    1``. It is None without a retraining. ``reason`` is a sentence.
     """
 
     retrain: bool
     cause: str | None
     reason: str
-    alarms: tuple[str, ...]
+    alarms: tuple[Alarm, ...]
 
 
 @dataclass(frozen=True)
@@ -116,10 +155,11 @@ def should_retrain(situation: Situation, policy: RetrainingPolicy) -> Retraining
     causes, passed_over = _causes(situation, production, policy)
     alarms = []
     if _judges(situation, production) and situation.performance and situation.performance.worse_calibrated.found:
-        alarms.append(
+        says = (
             f"version {production.version} is worse calibrated than it promised in {situation.performance.month}: "
             f"{situation.performance.worse_calibrated.reason}"
         )
+        alarms.append(Alarm("worse_calibrated", None, says))
     held_back = []
     for cause in causes:
         obstacle = _obstacle(cause, situation, newest, production, policy)
@@ -127,7 +167,7 @@ def should_retrain(situation: Situation, policy: RetrainingPolicy) -> Retraining
             return RetrainingDecision(True, cause.key, cause.reason, tuple(alarms))
         held_back.append(f"{cause.reason}; not trained again: {obstacle.reason}")
         if obstacle.alarms:
-            alarms.append(held_back[-1])
+            alarms.append(Alarm(cause.kind, obstacle.name, held_back[-1]))
     reason = (
         "; ".join([*held_back, *passed_over]) or f"nothing calls for another model than version {production.version}"
     )
@@ -224,6 +264,7 @@ def _more_data(newest: Month | None, production: Production, policy: RetrainingP
 
 @dataclass(frozen=True)
 class _Obstacle:
+    name: Obstacle | None
     reason: str
     alarms: bool = True
 
@@ -232,38 +273,43 @@ def _obstacle(
     cause: _Cause, situation: Situation, newest: Month, production: Production, policy: RetrainingPolicy
 ) -> _Obstacle | None:
     """What forbids to train again for this cause now."""
+    by_hand = f"train by hand: `streamflow run {newest}`"
     past = [one for one in situation.past if not one.cause.startswith("no_model:")]
     if cause.key in {one.cause for one in past}:
-        return _Obstacle("it was done for this already", alarms=False)
+        return _Obstacle(None, "it was done for this already", alarms=False)
     if cause.kind != "more_data":
         past = [one for one in past if not one.cause.startswith("more_data:") or one.month == newest]
     decayed = cause.kind == "decay"
     if cause.kind != "corrected_data":
         if newest in production.trained_on:
-            reason = f"no labels are newer than those of {newest}, which version {production.version} learned from"
-            return _Obstacle(reason, alarms=decayed)
+            reason = (
+                f"no labels are newer than those of {newest}, which version {production.version} learned from; land "
+                f"those of {newest.shift(1)}"
+            )
+            return _Obstacle("no_newer_labels", reason, alarms=decayed)
         if past and _between(past[-1].month, newest) <= policy.cooldown_months:
             reason = (
                 f"the last time was for {past[-1].month}, and retraining.cooldown_months of the policy is "
-                f"{policy.cooldown_months}"
+                f"{policy.cooldown_months}; land the labels of {past[-1].month.shift(policy.cooldown_months + 1)}, or "
+                f"{by_hand}"
             )
-            return _Obstacle(reason, alarms=decayed and past[-1].month != newest)
+            return _Obstacle("cooldown", reason, alarms=decayed and past[-1].month != newest)
     recent = [one for one in past if 0 <= _between(one.month, newest) < 12]
     if len(recent) >= policy.maximum_per_year:
         reason = (
             f"retrainings in twelve months: {len(recent)}, and retraining.maximum_per_year of the policy is "
-            f"{policy.maximum_per_year}"
+            f"{policy.maximum_per_year}; {by_hand}"
         )
-        return _Obstacle(reason, alarms=cause.kind != "more_data")
+        return _Obstacle("maximum_per_year", reason, alarms=cause.kind != "more_data")
     if cause.kind in ("corrected_data", "more_data"):
         return None
     known = [one for one in past if one.helped is not None][-policy.give_up_after :]
     if len(known) == policy.give_up_after and not any(one.helped for one in known):
         reason = (
             f"what was trained for {', '.join(str(one.month) for one in known)} did not help; see whether the data "
-            f"still tells who churns, then train by hand: streamflow run {newest}"
+            f"still tells who churns, then {by_hand}"
         )
-        return _Obstacle(reason)
+        return _Obstacle("give_up_after", reason)
     return None
 
 

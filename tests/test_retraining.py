@@ -1,17 +1,21 @@
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
-from governed import RETRAINING, around
+from governed import RETRAINING
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamflow.decay import Achieved, Finding, PerformanceReport
 from streamflow.months import Month
+from streamflow.policy import RetrainingPolicy
 from streamflow.retraining import (
+    Alarm,
     Correction,
     Drift,
+    Finding,
+    Obstacle,
+    Performance,
     Production,
     Retraining,
     RetrainingDecision,
@@ -21,23 +25,16 @@ from streamflow.retraining import (
 
 JANUARY, FEBRUARY, MARCH, APRIL = Month.parse_range("2024-01..2024-04")
 FOUR_MONTHS = (JANUARY, FEBRUARY, MARCH, APRIL)
-KEPT = Finding(False, 0.0, 0.02, "as promised")
-WORSE = Finding(True, 0.35, 0.04, "AUC is 0.35 below the promised")
-CHANCE = Finding(True, 0.46, 0.5, "AUC may be 0.46")
-MISCALIBRATED = Finding(True, 0.2, 0.06, "20 points off")
-SLIDES = Finding(True, 0.05, 0.03, "AUC changed for the worse by 0.05")
+KEPT = Finding(False, "as promised")
+WORSE = Finding(True, "AUC is 0.35 below the promised")
+CHANCE = Finding(True, "AUC may be 0.46")
+MISCALIBRATED = Finding(True, "20 points off")
+SLIDES = Finding(True, "AUC changed for the worse by 0.05")
 
 
-def performance(month=FEBRUARY, version=1, **findings: Finding) -> PerformanceReport:
-    parts = dict.fromkeys(
-        ("worse_than_promised", "no_better_than_chance", "worse_calibrated", "sliding"),
-        KEPT,
-    )
-    achieved = Achieved(400, 100, {"auc": around(0.84)}, ())
-    promised = {"auc": around(0.84)}
-    return PerformanceReport(
-        str(month), version, ("2024-01",), achieved, achieved, promised, 0.02, **(parts | findings)
-    )
+def performance(month=FEBRUARY, version=1, **findings: Finding) -> Performance:
+    parts = dict.fromkeys(("worse_than_promised", "no_better_than_chance", "worse_calibrated", "sliding"), KEPT)
+    return Performance(str(month), version, **(parts | findings))
 
 
 def drift(month=FEBRUARY, version=1, significant=(), moderate=(), large=(), score="none") -> Drift:
@@ -201,7 +198,7 @@ def test_what_forbids_to_train_again_for_decay(
     assert decision.retrain == retrain
     assert decision.cause == (BY_DECAY if retrain else None)
     assert len(decision.alarms) == (alarm is not None)
-    assert (alarm or "") in "".join(decision.alarms)
+    assert (alarm or "") in "".join(one.says for one in decision.alarms)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +228,8 @@ def test_drift_that_waits_for_labels_is_no_alarm() -> None:
 def test_calibration_alone_is_an_alarm() -> None:
     decision = decided(replace(CALM, performance=performance(worse_calibrated=MISCALIBRATED)))
     assert not decision.retrain
-    assert decision.alarms == ("version 1 is worse calibrated than it promised in 2024-02: 20 points off",)
+    says = "version 1 is worse calibrated than it promised in 2024-02: 20 points off"
+    assert decision.alarms == (Alarm("worse_calibrated", None, says),)
 
 
 def test_decisions_speak_to_people() -> None:
@@ -243,12 +241,50 @@ def test_decisions_speak_to_people() -> None:
         "small drift in 2024-02 of watch_hours_30d, support_tickets_90d; the policy does not train again for that"
     )
     given_up = decided(replace(DECAYED, past=past((FEBRUARY.shift(-8), False), (FEBRUARY.shift(-4), False))))
-    assert given_up.alarms == (
+    (alarm,) = given_up.alarms
+    assert alarm.says == (
         "version 1 was no better than chance in 2024-02: AUC is 0.35 below the promised; not trained again: what was "
         "trained for 2023-06, 2023-10 did not help; see whether the data still tells who churns, then train by hand: "
-        "streamflow run 2024-02",
+        "`streamflow run 2024-02`"
     )
-    assert given_up.reason == given_up.alarms[0]
+    assert given_up.reason == alarm.says
+
+
+@pytest.mark.parametrize(
+    ("changes", "policy", "obstacle", "remedy"),
+    [
+        ({"production": Production(1, (JANUARY, FEBRUARY))}, {}, "no_newer_labels", "land those of 2024-03"),
+        (
+            {"past": past((JANUARY, True))},
+            {"cooldown_months": 2},
+            "cooldown",
+            "land the labels of 2024-04, or train by hand: `streamflow run 2024-02`",
+        ),
+        (
+            {"past": past((JANUARY.shift(-6), True))},
+            {"maximum_per_year": 1},
+            "maximum_per_year",
+            "train by hand: `streamflow run 2024-02`",
+        ),
+        (
+            {"past": past((FEBRUARY.shift(-4), False))},
+            {"give_up_after": 1},
+            "give_up_after",
+            "train by hand: `streamflow run 2024-02`",
+        ),
+    ],
+)
+def test_an_alarm_names_what_holds_back_and_what_to_do(
+    changes: dict[str, Any], policy: dict[str, Any], obstacle: str, remedy: str
+) -> None:
+    (alarm,) = decided(replace(DECAYED, **changes), **policy).alarms
+    assert (alarm.about, alarm.obstacle) == ("decay", obstacle)
+    assert alarm.says.endswith(f" {remedy}")
+
+
+@pytest.mark.parametrize("obstacle", get_args(Obstacle))
+def test_what_is_named_after_the_policy_is_in_it(obstacle: str) -> None:
+    assert obstacle in ("no_newer_labels", "cooldown") or obstacle in RetrainingPolicy.__struct_fields__
 
 
 # --- over months ----------------------------------------------------------------------------------------------------
