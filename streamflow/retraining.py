@@ -109,15 +109,22 @@ class Situation:
 
 @dataclass(frozen=True)
 class Alarm:
-    """What a person must look at, and ``says`` why.
+    """``what`` a person must look at, ``why`` it is so, and the ``remedy``.
 
     Something calls for another model, and an ``obstacle`` forbids to train it; or, with none, Production's
-    probabilities are off, for which no model is trained.
+    probabilities are off, for which alone no model is trained.
     """
 
     about: Kind | Literal["worse_calibrated"]
     obstacle: Obstacle | None
-    says: str
+    what: str
+    why: str
+    remedy: str
+
+    @property
+    def says(self) -> str:
+        """All of it in one sentence."""
+        return f"{self.what}: {self.why}; {self.remedy}"
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,12 @@ class RetrainingDecision:
 class _Cause:
     kind: Kind
     key: str
-    reason: str
+    what: str
+    why: str | None = None
+
+    @property
+    def reason(self) -> str:
+        return f"{self.what}: {self.why}" if self.why else self.what
 
 
 def should_retrain(situation: Situation, policy: RetrainingPolicy) -> RetrainingDecision:
@@ -153,21 +165,16 @@ def should_retrain(situation: Situation, policy: RetrainingPolicy) -> Retraining
     if production is None:
         return _first_model(newest, situation.past)
     causes, passed_over = _causes(situation, production, policy)
-    alarms = []
-    if _judges(situation, production) and situation.performance and situation.performance.worse_calibrated.found:
-        says = (
-            f"version {production.version} is worse calibrated than it promised in {situation.performance.month}: "
-            f"{situation.performance.worse_calibrated.reason}"
-        )
-        alarms.append(Alarm("worse_calibrated", None, says))
-    held_back = []
+    alarms, held_back = list(_calibration(situation, production)), []
     for cause in causes:
         obstacle = _obstacle(cause, situation, newest, production, policy)
         if obstacle is None:
             return RetrainingDecision(True, cause.key, cause.reason, tuple(alarms))
         held_back.append(f"{cause.reason}; not trained again: {obstacle.reason}")
         if obstacle.alarms:
-            alarms.append(Alarm(cause.kind, obstacle.name, held_back[-1]))
+            what, why = f"{cause.what}, and no model is trained for that", obstacle.reason
+            why = f"{why}; {cause.why}" if cause.why else why
+            alarms.append(Alarm(cause.kind, obstacle.name, what, why, obstacle.remedy))
     reason = (
         "; ".join([*held_back, *passed_over]) or f"nothing calls for another model than version {production.version}"
     )
@@ -185,6 +192,15 @@ def _first_model(newest: Month, past: Sequence[Retraining]) -> RetrainingDecisio
 def _judges(situation: Situation, production: Production) -> bool:
     """Whether the performance report is of what is in Production."""
     return situation.performance is not None and situation.performance.version == production.version
+
+
+def _calibration(situation: Situation, production: Production) -> Iterator[Alarm]:
+    report = situation.performance
+    if report is None or not _judges(situation, production) or not report.worse_calibrated.found:
+        return
+    what = f"version {production.version} is worse calibrated than it promised in {report.month}"
+    remedy = "no model is trained for that alone: `streamflow threshold` sets another threshold"
+    yield Alarm("worse_calibrated", None, what, report.worse_calibrated.reason, remedy)
 
 
 def _causes(situation: Situation, production: Production, policy: RetrainingPolicy) -> tuple[list[_Cause], list[str]]:
@@ -229,11 +245,11 @@ def _performance(
     because = [one.reason for one in (report.worse_than_promised, report.no_better_than_chance) if one.found]
     if because:
         kind = "no better than chance" if report.no_better_than_chance.found else "worse than promised"
-        reason = f"version {report.version} was {kind} in {report.month}: {because[0]}"
-        yield _Cause("decay", f"decay:{of}", reason), policy.on_decay
+        what = f"version {report.version} was {kind} in {report.month}"
+        yield _Cause("decay", f"decay:{of}", what, because[0]), policy.on_decay
     if report.sliding.found:
-        reason = f"version {report.version} slides, as of {report.month}: {report.sliding.reason}"
-        yield _Cause("slide", f"slide:{of}", reason), policy.on_slide
+        what = f"version {report.version} slides, as of {report.month}"
+        yield _Cause("slide", f"slide:{of}", what, report.sliding.reason), policy.on_slide
 
 
 def _drift(drift: Drift | None, production: Production, policy: RetrainingPolicy) -> Iterator[tuple[_Cause, bool]]:
@@ -266,6 +282,7 @@ def _more_data(newest: Month | None, production: Production, policy: RetrainingP
 class _Obstacle:
     name: Obstacle | None
     reason: str
+    remedy: str = ""
     alarms: bool = True
 
 
@@ -273,7 +290,7 @@ def _obstacle(
     cause: _Cause, situation: Situation, newest: Month, production: Production, policy: RetrainingPolicy
 ) -> _Obstacle | None:
     """What forbids to train again for this cause now."""
-    by_hand = f"train by hand: `streamflow run {newest}`"
+    by_hand = f"train by hand (`streamflow run {newest}`)"
     past = [one for one in situation.past if not one.cause.startswith("no_model:")]
     if cause.key in {one.cause for one in past}:
         return _Obstacle(None, "it was done for this already", alarms=False)
@@ -282,34 +299,31 @@ def _obstacle(
     decayed = cause.kind == "decay"
     if cause.kind != "corrected_data":
         if newest in production.trained_on:
-            reason = (
-                f"no labels are newer than those of {newest}, which version {production.version} learned from; land "
-                f"those of {newest.shift(1)}"
-            )
-            return _Obstacle("no_newer_labels", reason, alarms=decayed)
+            reason = f"no labels are newer than those of {newest}, which version {production.version} learned from"
+            remedy = f"land the labels of {newest.shift(1)}"
+            return _Obstacle("no_newer_labels", reason, remedy, alarms=decayed)
         if past and _between(past[-1].month, newest) <= policy.cooldown_months:
             reason = (
-                f"the last time was for {past[-1].month}, and retraining.cooldown_months of the policy is "
-                f"{policy.cooldown_months}; land the labels of {past[-1].month.shift(policy.cooldown_months + 1)}, or "
-                f"{by_hand}"
+                f"the last retraining was for {past[-1].month}, and `retraining.cooldown_months` of the policy is "
+                f"{policy.cooldown_months}"
             )
-            return _Obstacle("cooldown", reason, alarms=decayed and past[-1].month != newest)
+            remedy = f"land the labels of {past[-1].month.shift(policy.cooldown_months + 1)}, or {by_hand}"
+            return _Obstacle("cooldown", reason, remedy, alarms=decayed and past[-1].month != newest)
     recent = [one for one in past if 0 <= _between(one.month, newest) < 12]
     if len(recent) >= policy.maximum_per_year:
         reason = (
-            f"retrainings in twelve months: {len(recent)}, and retraining.maximum_per_year of the policy is "
-            f"{policy.maximum_per_year}; {by_hand}"
+            f"retrainings in twelve months: {len(recent)}, and `retraining.maximum_per_year` of the policy is "
+            f"{policy.maximum_per_year}"
         )
-        return _Obstacle("maximum_per_year", reason, alarms=cause.kind != "more_data")
+        remedy = f"see whether they helped (`streamflow models`), then {by_hand}, or raise it"
+        return _Obstacle("maximum_per_year", reason, remedy, alarms=cause.kind != "more_data")
     if cause.kind in ("corrected_data", "more_data"):
         return None
     known = [one for one in past if one.helped is not None][-policy.give_up_after :]
     if len(known) == policy.give_up_after and not any(one.helped for one in known):
-        reason = (
-            f"what was trained for {', '.join(str(one.month) for one in known)} did not help; see whether the data "
-            f"still tells who churns, then {by_hand}"
-        )
-        return _Obstacle("give_up_after", reason)
+        reason = f"what was trained for {', '.join(str(one.month) for one in known)} did not help"
+        remedy = f"see whether the data still tells who churns, then {by_hand}"
+        return _Obstacle("give_up_after", reason, remedy)
     return None
 
 

@@ -154,10 +154,15 @@ def test_what_makes_it_train_again(changes: dict[str, Any], policy: dict[str, An
         ({"past": (Retraining(FEBRUARY, BY_DECAY, promoted=False, helped=None),)}, {}, False, None),
         # The first model starts no cooldown.
         ({"past": (FIRST,)}, {}, True, None),
-        ({"past": past((JANUARY, True))}, {}, False, "the last time was for 2024-01"),
+        ({"past": past((JANUARY, True))}, {}, False, "the last retraining was for 2024-01"),
         ({"past": past((JANUARY, True))}, {"cooldown_months": 0}, True, None),
         ({"past": past((JANUARY.shift(-1), True))}, {}, True, None),
-        ({"past": past((JANUARY.shift(-1), True))}, {"cooldown_months": 2}, False, "the last time was for 2023-12"),
+        (
+            {"past": past((JANUARY.shift(-1), True))},
+            {"cooldown_months": 2},
+            False,
+            "retraining was for 2023-12",
+        ),
         # Never two for one month: the other of the same data.
         ({"past": past((FEBRUARY, True))}, {"cooldown_months": 0}, False, None),
         # There is nothing that Production has not learned from.
@@ -228,8 +233,9 @@ def test_drift_that_waits_for_labels_is_no_alarm() -> None:
 def test_calibration_alone_is_an_alarm() -> None:
     decision = decided(replace(CALM, performance=performance(worse_calibrated=MISCALIBRATED)))
     assert not decision.retrain
-    says = "version 1 is worse calibrated than it promised in 2024-02: 20 points off"
-    assert decision.alarms == (Alarm("worse_calibrated", None, says),)
+    what = "version 1 is worse calibrated than it promised in 2024-02"
+    remedy = "no model is trained for that alone: `streamflow threshold` sets another threshold"
+    assert decision.alarms == (Alarm("worse_calibrated", None, what, "20 points off", remedy),)
 
 
 def test_decisions_speak_to_people() -> None:
@@ -243,34 +249,37 @@ def test_decisions_speak_to_people() -> None:
     given_up = decided(replace(DECAYED, past=past((FEBRUARY.shift(-8), False), (FEBRUARY.shift(-4), False))))
     (alarm,) = given_up.alarms
     assert alarm.says == (
-        "version 1 was no better than chance in 2024-02: AUC is 0.35 below the promised; not trained again: what was "
-        "trained for 2023-06, 2023-10 did not help; see whether the data still tells who churns, then train by hand: "
-        "`streamflow run 2024-02`"
+        "version 1 was no better than chance in 2024-02, and no model is trained for that: what was trained for "
+        "2023-06, 2023-10 did not help; AUC is 0.35 below the promised; see whether the data still tells who churns, "
+        "then train by hand (`streamflow run 2024-02`)"
     )
-    assert given_up.reason == alarm.says
+    assert given_up.reason == (
+        "version 1 was no better than chance in 2024-02: AUC is 0.35 below the promised; not trained again: what was "
+        "trained for 2023-06, 2023-10 did not help"
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "policy", "obstacle", "remedy"),
     [
-        ({"production": Production(1, (JANUARY, FEBRUARY))}, {}, "no_newer_labels", "land those of 2024-03"),
+        ({"production": Production(1, (JANUARY, FEBRUARY))}, {}, "no_newer_labels", "land the labels of 2024-03"),
         (
             {"past": past((JANUARY, True))},
             {"cooldown_months": 2},
             "cooldown",
-            "land the labels of 2024-04, or train by hand: `streamflow run 2024-02`",
+            "land the labels of 2024-04, or train by hand (`streamflow run 2024-02`)",
         ),
         (
             {"past": past((JANUARY.shift(-6), True))},
             {"maximum_per_year": 1},
             "maximum_per_year",
-            "train by hand: `streamflow run 2024-02`",
+            "see whether they helped (`streamflow models`), then train by hand (`streamflow run 2024-02`), or raise it",
         ),
         (
             {"past": past((FEBRUARY.shift(-4), False))},
             {"give_up_after": 1},
             "give_up_after",
-            "train by hand: `streamflow run 2024-02`",
+            "see whether the data still tells who churns, then train by hand (`streamflow run 2024-02`)",
         ),
     ],
 )
@@ -279,7 +288,7 @@ def test_an_alarm_names_what_holds_back_and_what_to_do(
 ) -> None:
     (alarm,) = decided(replace(DECAYED, **changes), **policy).alarms
     assert (alarm.about, alarm.obstacle) == ("decay", obstacle)
-    assert alarm.says.endswith(f" {remedy}")
+    assert alarm.remedy == remedy
 
 
 @pytest.mark.parametrize("obstacle", get_args(Obstacle))
