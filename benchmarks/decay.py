@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from streamflow import decay, evaluation
 from streamflow.contract import CONTRACT, USER_ID
 from streamflow.dataset import split
-from streamflow.gates import Evidence, Policy
+from streamflow.gates import Evidence
 from streamflow.months import Month
+from streamflow.policy import Policy
 from streamflow.settings import PROJECT_ROOT, Settings
 from streamflow.training_config import TrainingConfig
 

@@ -210,6 +210,7 @@ def _environment() -> Environment:
         "ends": ends,
         "percent_interval": lambda one: f"{amount(100 * one.value, 1)}{NO_BREAK}% ({ends(one, 100, 1)}{NO_BREAK}%)",
         "sentence": sentence,
+        "ended": lambda text: text if text.endswith((".", "?", "!")) else text + ".",
         "minute": lambda at: f"{at.astimezone(UTC):%Y-%m-%d %H:%M} UTC",
         "second": lambda at: f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC",
         "iso": lambda at: at.astimezone(UTC).isoformat(timespec="seconds"),

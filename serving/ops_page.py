@@ -5,35 +5,33 @@ record is read by the few names that the page shows. Months are as the warehouse
 the landing zone is not.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
-from typing import Any, Literal, TypeVar
+from typing import Literal
 from uuid import UUID
 
-import msgspec
 from msgspec import Struct
 
+from serving.months import NEWEST, MonthMade
 from serving.postgres import Postgres
+from serving.retraining import read_loop
 from streamflow.contract import Contract
 from streamflow.months import Month
 from streamflow.predictions import LoggedPrediction
-from streamflow.relations import (
-    CHURN_SCORES,
-    TRAINING_DATASET,
-    MonthWrite,
-    Source,
-    Standing,
-    in_store,
-    standing,
-)
+from streamflow.relations import CHURN_SCORES, Standing
+from streamflow.retraining import Alarm, RetrainingDecision
+from streamflow.settings import Settings
 
-SHOWN_MONTHS = 12
 SHOWN_ENTRIES = 20
 SHOWN_RETRAININGS = 12
 SHOWN_CANDIDATES = 5
-
-_Row = TypeVar("_Row")
+TOLD_BY = {
+    "decay": ("no better than chance", "worse than promised"),
+    "worse_calibrated": ("worse calibrated",),
+    "slide": ("sliding",),
+}
+"""Which findings of a performance report an alarm tells with all that there is to it."""
 
 
 # --- what the database has ------------------------------------------------------------------------------------------
@@ -197,17 +195,6 @@ class Retraining(Struct, frozen=True):
     outcome: str | None
 
 
-class _Write(Struct, frozen=True):
-    relation: str
-    month: str
-    revision: int
-    digest: str
-    rows: int
-    sources: dict[str, Source]
-    written_at: datetime
-    facts: dict[str, Any]
-
-
 class _Counts(Struct, frozen=True):
     entries: int
     months: int
@@ -262,11 +249,20 @@ class Trace:
 
 
 @dataclass(frozen=True)
+class Look:
+    """Something that needs a person: ``what`` it is, ``why`` it is so, and the ``remedy``, where there are such."""
+
+    what: str
+    why: str | None = None
+    remedy: str | None = None
+
+
+@dataclass(frozen=True)
 class Served:
     """What this process answers with: a version, and why it is not another; no version and the reason."""
 
     version: int | None
-    problem: str | None
+    problem: Look | None
 
 
 @dataclass(frozen=True)
@@ -274,6 +270,7 @@ class OpsPage:
     """Everything on the page at ``at``; months and retrainings are newest first, as is the ledger.
 
     ``entries_in_all`` and ``months_in_all`` count those that are not shown too, ``waiting_in_all`` the candidates.
+    ``decision`` says whether to train again; where that cannot be decided it is None, and ``undecided`` says why.
     """
 
     at: datetime
@@ -283,6 +280,8 @@ class OpsPage:
     waiting_in_all: int
     months: Sequence[MonthView]
     months_in_all: int
+    decision: RetrainingDecision | None
+    undecided: str | None
     retrainings: Sequence[Retraining]
     ledger: Sequence[Entry]
     entries_in_all: int
@@ -305,29 +304,45 @@ class OpsPage:
         return next((one for one in reversed(self.performances) if one.version == number), None)
 
     @property
-    def attention(self) -> list[str]:
+    def held_back(self) -> bool:
+        """Whether something calls for another model and nothing may be trained, which a person must look at."""
+        return self.decision is not None and any(alarm.obstacle for alarm in self.decision.alarms)
+
+    @property
+    def attention(self) -> list[Look]:
         """What a person must look at, most urgent first."""
+        alarms = self.decision.alarms if self.decision else ()
+        looks = [(bool(alarm.obstacle), Look(alarm.what, alarm.why, alarm.remedy)) for alarm in alarms]
         found = [self.served.problem] if self.served.problem else []
-        if (achieved := self.achieved) and (names := achieved.findings):
-            found.append(
-                f"Version {achieved.version}, which is in Production, was {_listed(names)} in {achieved.month}."
-            )
+        found += [look for held_back, look in looks if held_back]
+        if self.undecided:
+            found.append(Look("whether to train again cannot be decided", self.undecided))
+        found += self._decayed(alarms)
+        found += [look for held_back, look in looks if not held_back]
         found += [
-            f"{one.month} is {one.standing.state}: {_listed(one.standing.stale or one.standing.missing)}."
+            Look(f"{one.month} is {one.standing.state}: {_listed(one.standing.stale or one.standing.missing)}")
             for one in self.months
             if one.standing.state in ("stale", "incomplete")
         ]
         found += [
-            f"The retraining for {one.month} failed: {one.failure}"
+            Look(f"the retraining for {one.month} failed", one.failure)
             if one.failure
-            else f"The retraining for {one.month} has no version yet: it is under way, or its process was killed."
+            else Look(f"the retraining for {one.month} has no version yet: it is under way, or its process was killed")
             for one in self.retrainings
             if one.version is None
         ]
         if self.waiting_in_all:
             what = "1 version waits" if self.waiting_in_all == 1 else f"{self.waiting_in_all} versions wait"
-            found.append(f"{what} for approval.")
+            found.append(Look(f"{what} for approval"))
         return found
+
+    def _decayed(self, alarms: Sequence[Alarm]) -> Iterator[Look]:
+        """What the labels say of Production that no alarm tells."""
+        told = {finding for alarm in alarms for finding in TOLD_BY.get(alarm.about, ())}
+        if (achieved := self.achieved) and (names := [name for name in achieved.findings if name not in told]):
+            what = f"version {achieved.version}, which is in Production, was {_listed(names)} in {achieved.month}"
+            retrain = self.decision is not None and self.decision.retrain
+            yield Look(f"{what}; another is trained by itself" if retrain else what)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -335,8 +350,6 @@ def _listed(names: Sequence[str]) -> str:
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
-
-# Each row comes as one JSON document: floats in their shortest exact form, checked against the type that it is read as.
 
 _VERSION = """
     SELECT decided.version, decided.at, decided.action, decided.by, decided.reason, decided.override,
@@ -373,16 +386,6 @@ _COUNTS = """
     FROM
 """
 COUNTS = f"{_COUNTS} ({_WAITING}) AS waits"
-# The datasets of all months tell whether a model's window would be chosen among others now. Of facts, what is long and
-# not shown stays behind.
-WRITES = """
-    SELECT relation, month, revision, digest, rows, sources, written_at,
-        facts - 'lineage' - 'evidence' - 'files' AS facts
-    FROM streamflow.month_writes
-    WHERE relation = $2
-        OR month IN (SELECT DISTINCT month FROM streamflow.month_writes ORDER BY month DESC LIMIT $1)
-    ORDER BY month, relation
-"""
 PERFORMANCE = """
     SELECT DISTINCT ON (month) month, model_version AS version, content -> 'trained_on' AS trained_on,
         content #> '{held_out,users}' AS users, content #> '{held_out,metrics,auc}' AS achieved,
@@ -417,64 +420,48 @@ ORIGIN = """
 """
 
 
-_AS_JSON = "SELECT row_to_json(shown)::text FROM"
-
-
 async def read(
-    postgres: Postgres, contract: Contract, online_store: str, served: Served, request_id: str | None, now: datetime
+    postgres: Postgres, contract: Contract, settings: Settings, served: Served, request_id: str | None, now: datetime
 ) -> OpsPage:
     """Everything that the page tells, with the trace of a request id if one is asked for.
 
     One query after the other: the connections are the predictions' too. Raises WarehouseUnavailable.
     """
-    production = await _rows(postgres, Version, PRODUCTION)
-    retrainings = await _rows(postgres, Retraining, RETRAININGS, SHOWN_RETRAININGS)
-    (counts,) = await _rows(postgres, _Counts, COUNTS)
+    loop = await read_loop(postgres, contract, settings)
+    production = await postgres.read(Version, PRODUCTION)
+    retrainings = await postgres.read(Retraining, RETRAININGS, SHOWN_RETRAININGS)
+    (counts,) = await postgres.read(_Counts, COUNTS)
     return OpsPage(
         at=now,
         production=production[0] if production else None,
         served=served,
-        waiting=await _rows(postgres, Version, WAITING, SHOWN_CANDIDATES),
+        waiting=await postgres.read(Version, WAITING, SHOWN_CANDIDATES),
         waiting_in_all=counts.waiting,
-        months=await _months(postgres, contract, online_store, retrainings, in_production=bool(production)),
+        months=await _months(postgres, contract, loop.months, retrainings),
         months_in_all=counts.months,
+        decision=loop.decision,
+        undecided=loop.undecided,
         retrainings=retrainings,
-        ledger=await _rows(postgres, Entry, LEDGER, SHOWN_ENTRIES),
+        ledger=await postgres.read(Entry, LEDGER, SHOWN_ENTRIES),
         entries_in_all=counts.entries,
         trace=await _trace(postgres, request_id.strip()) if request_id and request_id.strip() else None,
     )
 
 
-async def _rows(postgres: Postgres, kind: type[_Row], query: str, *parameters: object) -> list[_Row]:
-    rows = await postgres.fetch(f"{_AS_JSON} ({query}) AS shown", *parameters)
-    return [msgspec.json.decode(document, type=kind) for (document,) in rows]
-
-
 async def _months(
-    postgres: Postgres,
-    contract: Contract,
-    online_store: str,
-    retrainings: Sequence[Retraining],
-    *,
-    in_production: bool,
+    postgres: Postgres, contract: Contract, made: Mapping[Month, MonthMade], retrainings: Sequence[Retraining]
 ) -> list[MonthView]:
     """The newest months, newest first."""
-    rows = await _rows(postgres, _Write, WRITES, SHOWN_MONTHS, TRAINING_DATASET)
-    writes = [MonthWrite(**{**msgspec.structs.asdict(row), "month": Month.parse(row.month)}) for row in rows]
-    datasets = [write for write in writes if write.relation == TRAINING_DATASET]
-    written = in_store(writes, online_store, contract)
-    shown = sorted(written, reverse=True)[:SHOWN_MONTHS]
+    shown = list(made)[:NEWEST]
     keys = [str(month) for month in shown]
-    performances = {one.month: one for one in await _rows(postgres, Performance, PERFORMANCE, keys)}
-    drifts = {one.month: one for one in await _rows(postgres, Drift, DRIFT, keys)}
+    performances = {one.month: one for one in await postgres.read(Performance, PERFORMANCE, keys)}
+    drifts = {one.month: one for one in await postgres.read(Drift, DRIFT, keys)}
     newest = {one.month: one for one in reversed(retrainings)}
     return [
         _month(
             month,
             contract,
-            written[month],
-            [one for one in datasets if one.month < month],
-            in_production=in_production,
+            made[month],
             drift=drifts.get(str(month)),
             performance=performances.get(str(month)),
             retraining=newest.get(str(month)),
@@ -486,21 +473,18 @@ async def _months(
 def _month(
     month: Month,
     contract: Contract,
-    written: Mapping[str, MonthWrite],
-    earlier: Sequence[MonthWrite],
+    made: MonthMade,
     *,
-    in_production: bool,
     drift: Drift | None,
     performance: Performance | None,
     retraining: Retraining | None,
 ) -> MonthView:
-    tables = [table.name for table in contract.tables if table.name in written]
-    landed = {name: written[name].as_source for name in tables}
-    scores = written[CHURN_SCORES].facts if CHURN_SCORES in written else {}
+    tables = [made.written[table.name] for table in contract.tables if table.name in made.written]
+    scores = made.written[CHURN_SCORES].facts if CHURN_SCORES in made.written else {}
     return MonthView(
         str(month),
-        standing(landed, written, contract, earlier, in_production=in_production),
-        written[tables[0]].rows if tables else None,
+        made.standing,
+        tables[0].rows if tables else None,
         scores.get("version"),
         scores.get("contacts"),
         scores.get("expected_value"),
@@ -515,12 +499,12 @@ async def _trace(postgres: Postgres, request_id: str) -> Trace:
         wanted = UUID(request_id)
     except ValueError:
         return Trace(request_id, None, "That is no request id: one is a UUID, as in an answer's X-Request-ID header.")
-    found = await _rows(postgres, LoggedPrediction, LOGGED, wanted)
+    found = await postgres.read(LoggedPrediction, LOGGED, wanted)
     if not found:
         problem = (
             "The prediction log has no such request: it answered no prediction, its month was dropped, or it is so new "
             "that PostgreSQL does not have it yet."
         )
         return Trace(str(wanted), None, problem)
-    origin = await _rows(postgres, Origin, ORIGIN, found[0].model_version, found[0].answered_at)
+    origin = await postgres.read(Origin, ORIGIN, found[0].model_version, found[0].answered_at)
     return Trace(str(wanted), Traced(found[0], origin[0] if origin else None))

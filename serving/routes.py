@@ -21,7 +21,7 @@ from serving import ops_html, ops_page
 from serving.auth import Unauthorized
 from serving.features import IncompleteFeatures, UnknownUser
 from serving.metrics import CONTENT_TYPE, Metrics
-from serving.ops_page import Served
+from serving.ops_page import Look, Served
 from serving.postgres import Postgres
 from serving.prediction_log import PredictionLog, PredictionLogFull, logged
 from serving.predictor import Predictor, Scored, StaleFeatures, UnscorableUser
@@ -265,7 +265,7 @@ async def ops(request: JsonRequest, service: TheService, request_id: FromQuery[s
     made_of, served = service.ops, _served(service.production)
     now, settings = made_of.clock(), made_of.settings
     try:
-        page = await ops_page.read(made_of.postgres, made_of.contract, settings.online_store, served, request_id, now)
+        page = await ops_page.read(made_of.postgres, made_of.contract, settings, served, request_id, now)
     except WarehouseUnavailable as failure:
         request.scope["state"]["failure"] = failure
         html = ops_html.unavailable(str(failure), now)
@@ -280,10 +280,10 @@ def _served(production: ProductionModel) -> Served:
     try:
         version = production.current().production.version
     except NoModel as failure:
-        return Served(None, f"This service answers no prediction: {failure}.")
+        return Served(None, Look("this service answers no prediction", str(failure)))
     if production.refusal:
         refused = production.refusal.production.version
-        return Served(version, f"This service serves version {version}, not {refused}: {production.refusal.reason}.")
+        return Served(version, Look(f"this service serves version {version}, not {refused}", production.refusal.reason))
     return Served(version, None)
 
 

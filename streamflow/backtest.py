@@ -22,6 +22,8 @@ from streamflow.contract import CONTRACT, USER_ID, Contract
 from streamflow.dataset import TrainingDataset
 from streamflow.errors import ConfigurationError
 from streamflow.months import Month
+from streamflow.policy import DecayPolicy, RetrainingPolicy
+from streamflow.policy import Policy as ProductPolicy
 from streamflow.retraining import Situation
 from streamflow.simulate import TRUTH, Scenario
 from streamflow.training_config import TrainingConfig
@@ -115,7 +117,7 @@ def _on_decay(known: Situation) -> str | None:
     return "decay" if decayed and _has_news(known) else None
 
 
-def policies(retrain: gates.RetrainingPolicy) -> dict[str, Policy]:
+def policies(retrain: RetrainingPolicy) -> dict[str, Policy]:
     """The policies to hold against each other, by name; ``ours`` decides by `retraining.should_retrain`."""
     return {
         "never": Policy(lambda _: None),
@@ -253,7 +255,7 @@ class World:
         window: Window,
         month: Month,
         history: Sequence[decay.PerformanceReport],
-        policy: gates.DecayPolicy,
+        policy: DecayPolicy,
     ) -> decay.PerformanceReport:
         """What a version achieved in a month against its promise, as the performance report has it."""
         labels, unseen = self._unseen(self.scores(window, month), month)
@@ -297,7 +299,7 @@ class _Run:
         return self.versions[self.production]
 
 
-def replay(world: World, policy: Policy, product: gates.Policy) -> Iterator[dict[str, Any]]:
+def replay(world: World, policy: Policy, product: ProductPolicy) -> Iterator[dict[str, Any]]:
     """Live through the months of a world: a row for each month for which there was a model, with what it achieved.
 
     A month is scored by what is Production when it arrives. Then its drift and the labels that arrive with it are
@@ -327,14 +329,15 @@ def replay(world: World, policy: Policy, product: gates.Policy) -> Iterator[dict
 
 
 def _known(
-    world: World, run: _Run, month: Month, newest: Month, policy: Policy, product: gates.Policy
+    world: World, run: _Run, month: Month, newest: Month, policy: Policy, product: ProductPolicy
 ) -> retraining.Situation:
     """What is known when a month has been scored and the labels of ``newest`` have arrived."""
     performance = None
     if "performance" in policy.watches and newest in run.predicted_by:
         version = run.predicted_by[newest]
-        performance = world.performance(version, run.versions[version], newest, run.reports, product.decay)
-        run.reports.append(performance)
+        report = world.performance(version, run.versions[version], newest, run.reports, product.decay)
+        run.reports.append(report)
+        performance = msgspec.convert(report, retraining.Performance, from_attributes=True)
     return Situation(
         newest=newest,
         production=retraining.Production(run.production, run.window.months),
@@ -346,7 +349,7 @@ def _known(
 
 
 def _retrain(
-    world: World, run: _Run, labelled: tuple[Month, ...], cause: str, policy: Policy, product: gates.Policy
+    world: World, run: _Run, labelled: tuple[Month, ...], cause: str, policy: Policy, product: ProductPolicy
 ) -> bool:
     """Train a version, and say whether it became Production."""
     newest = labelled[-1]
@@ -372,7 +375,7 @@ def backtest(
     users: int,
     seeds: Sequence[int],
     config: TrainingConfig,
-    product: gates.Policy,
+    product: ProductPolicy,
     contract: Contract = CONTRACT,
     jobs: int = 1,
 ) -> Iterator[pd.DataFrame]:
@@ -404,7 +407,7 @@ def _world(
     months: Sequence[Month],
     users: int,
     config: TrainingConfig,
-    product: gates.Policy,
+    product: ProductPolicy,
     contract: Contract,
 ) -> pd.DataFrame:
     world = World(SETTINGS[name], months, users=users, seed=seed, config=config, contract=contract)

@@ -719,7 +719,7 @@ def status(json_: AsJson = False) -> None:
     due = "due, `streamflow run` does it" if retraining.retrain else "not due"
     out.print(f"Training again: {due}: {retraining.reason}", markup=False)
     for alarm in retraining.alarms:
-        out.print(f"ALARM  {alarm}", markup=False)
+        out.print(f"ALARM  {alarm.says}", markup=False)
 
 
 @app.command()
@@ -752,7 +752,7 @@ def backtest(
 
     from streamflow import backtest as replay
     from streamflow import plots
-    from streamflow.gates import Policy
+    from streamflow.policy import Policy
     from streamflow.training_config import TrainingConfig
 
     settings = Settings.load()

@@ -18,8 +18,9 @@ from streamflow.contract import USER_ID, FeatureService
 from streamflow.dataset import folds
 from streamflow.errors import TrainingRefused
 from streamflow.evaluation import Groups, Interval, Labels, Probabilities, Segment
-from streamflow.gates import DecayPolicy, Evidence, spread
+from streamflow.gates import Evidence, spread
 from streamflow.months import Month
+from streamflow.policy import DecayPolicy
 
 CHANCE = 0.5
 FEWEST_IN_A_SLIDE = 4

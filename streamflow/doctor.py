@@ -24,7 +24,7 @@ from streamflow.contract import SCHEMA
 from streamflow.database import Database
 from streamflow.errors import StreamFlowError
 from streamflow.landing import LandingZone
-from streamflow.promotion import Policy
+from streamflow.policy import Policy
 from streamflow.settings import PREFIX, PROJECT_ROOT, Settings
 from streamflow.stack import Addresses
 from streamflow.warehouse import INSERT_ONLY

@@ -10,27 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 
-from streamflow import monitoring
+from streamflow import relations, situation
 from streamflow.database import Database
 from streamflow.errors import TrainingRefused, UnknownMonth
-from streamflow.gates import BETTER
 from streamflow.months import Month
-from streamflow.pipeline import CHURN_MODEL, TRAINING_DATASET, Platform
-from streamflow.promotion import MADE_PRODUCTION, Entry, Version, current, gates_of
-from streamflow.retraining import (
-    Correction,
-    Drift,
-    Production,
-    Retraining,
-    RetrainingDecision,
-    Situation,
-    should_retrain,
-)
-from streamflow.status import TRAINED, WATCHED, MonthStatus, month_statuses, needs_labels, relations
+from streamflow.pipeline import CHURN_MODEL, Platform
+from streamflow.relations import TRAINED, WATCHED, needs_labels
+from streamflow.retraining import RetrainingDecision, should_retrain
+from streamflow.situation import Known
+from streamflow.status import MonthStatus, month_statuses
 from streamflow.warehouse import month_write
-
-MOST_ATTEMPTS = 3
-"""How often a training is begun for one cause when its process is killed each time."""
 
 
 @dataclass(frozen=True)
@@ -83,20 +72,19 @@ def due(platform: Platform, left_out: Collection[Month] = ()) -> Step | None:
 
 def decision(platform: Platform, newest: Month | None) -> RetrainingDecision:
     """Whether to train again, ``newest`` being the newest month that has labels and is done."""
-    return should_retrain(situation(platform, newest), platform.policy.retraining)
+    return should_retrain(known(platform.database).situation(newest), platform.policy.retraining)
 
 
 def newest_labelled(months: Sequence[MonthStatus]) -> Month | None:
     """The newest month that has labels and of which nothing is to be made."""
-    labelled = [one.month for one in months if not one.is_pending and one.state != "unlabelled"]
-    return Month.parse(labelled[-1]) if labelled else None
+    return relations.newest_labelled({Month.parse(one.month): one.standing for one in months})
 
 
 def whole_months(platform: Platform, months: Iterable[Month]) -> Iterator[Step]:
     """Everything of each of these months, a model included, and then what that makes due of it."""
     for month in months:
         labelled = platform.contract.label_table.name in platform.landing.manifest(month).tables
-        graph = relations(platform.contract)
+        graph = relations.relations(platform.contract)
         unlabelled = [name for name in graph if not needs_labels(name, platform.contract)]
         yield Step(month, tuple(graph) if labelled else tuple(unlabelled), f"{month} was asked for")
         status = next(one for one in month_statuses(platform) if one.month == str(month))
@@ -104,88 +92,19 @@ def whole_months(platform: Platform, months: Iterable[Month]) -> Iterator[Step]:
             yield Step(month, status.pending, f"{month} can be scored now")
 
 
-# --- the situation --------------------------------------------------------------------------------------------------
+# --- retrainings ----------------------------------------------------------------------------------------------------
 
 
-def situation(platform: Platform, newest: Month | None) -> Situation:
-    """What is known for the decision whether to train again, ``newest`` being the newest month that has labels."""
-    entries, versions = platform.ledger.entries(), platform.ledger.versions()
-    number = current(entries)
-    in_production = next((version for version in versions if version.version == number), None)
-    performance = {Month.parse(one.month): one for one in monitoring.performance_history(platform.database)}
-    return Situation(
-        newest,
-        None if in_production is None else Production(in_production.version, monitoring.trained_months(in_production)),
-        None if newest is None else performance.get(newest),
-        _drift(platform),
-        () if in_production is None else tuple(_corrections(platform, in_production)),
-        tuple(retrainings(platform.database, entries, versions)),
-    )
-
-
-def _drift(platform: Platform) -> Drift | None:
-    """What the newest drift report says."""
-    found = monitoring.drift_history(platform.database)
-    if not found:
-        return None
-    newest = found[-1]
-    report = newest.report
-    return Drift(
-        Month.parse(newest.month),
-        newest.version,
-        report.drifted("none"),
-        report.drifted("moderate"),
-        report.drifted("large"),
-        report.score.size if report.score.significant else "none",
-    )
-
-
-def _corrections(platform: Platform, version: Version) -> Iterator[Correction]:
-    """The months that a version learned from whose dataset is another one now."""
-    with platform.database.connect() as connection:
-        for month, digest in monitoring.datasets_of(version).items():
-            try:
-                now = month_write(connection, TRAINING_DATASET, month).digest
-            except UnknownMonth:
-                continue
-            if now != digest:
-                yield Correction(month, now)
-
-
-def retrainings(database: Database, entries: Sequence[Entry], versions: Sequence[Version]) -> Iterator[Retraining]:
-    """Every retraining that is over, in the order in which they were begun, and what came of it.
-
-    One whose process was killed is not over: it may be begun again, up to ``MOST_ATTEMPTS`` times.
-    """
-    made = {version.lineage["cause"]: version.version for version in versions if version.lineage["cause"]}
-    for cause, begun in _begun(database).items():
-        number = made.get(cause)
-        if number is None and not begun.failed and begun.attempts < MOST_ATTEMPTS:
-            continue
-        promoted = any(one.version == number and one.action in MADE_PRODUCTION for one in entries)
-        better = [] if number is None else [gate.passed for gate in gates_of(entries, number) if gate.name == BETTER]
-        yield Retraining(begun.month, cause, promoted, helped=any(better) if better else (promoted or None))
-
-
-@dataclass(frozen=True)
-class _Begun:
-    month: Month
-    attempts: int
-    failed: bool
-
-
-def _begun(database: Database) -> dict[str, _Begun]:
+def known(database: Database) -> Known:
+    """What PostgreSQL has for the decision whether to train again."""
     with database.connect() as connection:
-        rows = connection.execute(
-            "SELECT cause, month, attempts, failure IS NOT NULL FROM streamflow.retrainings ORDER BY started_at, cause"
-        ).fetchall()
-    return {cause: _Begun(Month.parse(month), attempts, failed) for cause, month, attempts, failed in rows}
+        ((document,),) = connection.execute(situation.QUERY).fetchall()
+    return situation.read(document)
 
 
 def attempt(database: Database, cause: str) -> int:
     """Which attempt a training for that cause would be, from 1."""
-    begun = _begun(database).get(cause)
-    return 1 + (begun.attempts if begun else 0)
+    return 1 + sum(one.attempts for one in known(database).begun if one.cause == cause)
 
 
 @contextmanager

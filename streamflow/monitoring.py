@@ -17,13 +17,14 @@ from streamflow import dataset, features, pipeline, scores
 from streamflow.contract import USER_ID, Column, Contract
 from streamflow.database import Database
 from streamflow.drift import DriftReport
-from streamflow.errors import ConfigurationError, UnknownMonth
+from streamflow.errors import UnknownMonth
 from streamflow.months import Month
 from streamflow.pipeline import Platform
 from streamflow.promotion import Version, current, in_force
 from streamflow.relations import DRIFT_REPORT as DRIFT_REPORT
 from streamflow.relations import PERFORMANCE_REPORT as PERFORMANCE_REPORT
 from streamflow.settings import Settings
+from streamflow.situation import made_by_another
 from streamflow.warehouse import MonthWrite, Source, lock, month_write, record
 
 if TYPE_CHECKING:
@@ -258,16 +259,6 @@ def trained_months(version: Version) -> tuple[Month, ...]:
     return tuple(sorted(Month.parse(month) for month in version.lineage["window"]))
 
 
-def datasets_of(version: Version) -> dict[Month, str]:
-    """The digest of the dataset of each month that a version learned from."""
-    origins = (version.lineage, *version.lineage["earlier"])
-    return {
-        Month.parse(one["month"]): one["dataset"]["digest"]
-        for one in origins
-        if one["month"] in version.lineage["window"]
-    }
-
-
 def drift_history(database: Database) -> "list[DriftContent]":
     """The drift report in force of each month, oldest first."""
     return [_content(one, DriftContent) for one in reports(database, DRIFT_REPORT).values()]
@@ -286,10 +277,7 @@ def _content(report: Report, kind: type[_Content]) -> _Content:
     try:
         return msgspec.convert(report.content, kind)
     except msgspec.ValidationError as failure:
-        raise ConfigurationError(
-            f"the {report.kind} of {report.month} was made by another version of StreamFlow ({failure}); "
-            f"run: streamflow run {report.month}"
-        ) from failure
+        raise made_by_another(report.kind, str(report.month), failure) from failure
 
 
 # --- the record of reports ------------------------------------------------------------------------------------------

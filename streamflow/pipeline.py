@@ -23,13 +23,13 @@ from streamflow.dataset import TrainingDataset
 from streamflow.errors import ArtifactRefused, ConfigurationError, TrainingRefused, UnknownMonth, UnknownVersion
 from streamflow.landing import LandingZone
 from streamflow.months import Month
+from streamflow.policy import Policy
 from streamflow.promotion import (
     Decision,
     Entry,
     Evidence,
     Gate,
     Ledger,
-    Policy,
     Version,
     already_promoted,
     in_force,

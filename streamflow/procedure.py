@@ -22,7 +22,8 @@ from streamflow import evaluation, scoring, selection, training, value, windows
 from streamflow.contract import CONTRACT, USER_ID, Column, Contract, FeatureService
 from streamflow.dataset import TrainingDataset, on_both_sides
 from streamflow.errors import ConfigurationError, TrainingRefused
-from streamflow.gates import NOT_TAKEN, Evidence, Invariance, InvarianceRule, Policy
+from streamflow.gates import NOT_TAKEN, Evidence, Invariance
+from streamflow.policy import InvarianceRule, Policy
 from streamflow.training_config import Segments, TrainingConfig
 
 if TYPE_CHECKING:

@@ -28,10 +28,8 @@ from streamflow.evaluation import METRICS, Comparison
 from streamflow.gates import BETTER, RELATIVE, Candidate, Incomparable, absolute_gates, relative_gates, threshold_gates
 from streamflow.gates import Evidence as Evidence
 from streamflow.gates import Gate as Gate
-from streamflow.gates import Gates as Gates
 from streamflow.gates import Invariance as Invariance
-from streamflow.gates import InvarianceRule as InvarianceRule
-from streamflow.gates import Policy as Policy
+from streamflow.policy import Policy
 from streamflow.registry import ARCHIVED, NO_STAGE, PRODUCTION, STAGING, RegisteredVersion, Registry
 
 Action = Literal["promote", "rollback", "wait", "refuse", "threshold", "flag"]

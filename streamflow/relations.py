@@ -129,6 +129,17 @@ class Standing:
     missing: tuple[str, ...]
     stale: tuple[str, ...]
 
+    @property
+    def pending(self) -> tuple[str, ...]:
+        """What is to be made by itself, upstream first: all that is missing or stale but models, which need a cause."""
+        due = {*self.missing, *(name for name in self.stale if name not in TRAINED)}
+        return tuple(name for name in relations() if name in due)
+
+
+def newest_labelled(months: Mapping[Month, Standing]) -> Month | None:
+    """The newest month that has labels and of which nothing is to be made."""
+    return max((month for month, one in months.items() if one.state != "unlabelled" and not one.pending), default=None)
+
 
 def standing(
     landed: Mapping[str, Source],

@@ -1,20 +1,21 @@
 """Whether to train again: what makes it necessary, what forbids it, and what a person must be told; a pure function.
 
-Deciding belongs here. What is found out about a month is `decay.py`'s and the drift report's, training and choosing
-among windows of months is done elsewhere, and who may be promoted is `promotion.py`'s.
+Deciding belongs here. What is known then is read by `situation.py`. What is found out about a month is `decay.py`'s and
+the drift report's, training and choosing among windows of months is done elsewhere, and who may be promoted is
+`promotion.py`'s. Nothing heavy is imported: the service decides too, to show it.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from streamflow.decay import PerformanceReport
-from streamflow.gates import RetrainingPolicy
 from streamflow.months import Month
+from streamflow.policy import RetrainingPolicy
 
 Kind = Literal["no_model", "corrected_data", "decay", "slide", "drift", "more_data"]
 Size = Literal["none", "small", "moderate", "large"]
 _SIZES: tuple[Size, ...] = ("none", "small", "moderate", "large")
+Obstacle = Literal["no_newer_labels", "cooldown", "maximum_per_year", "give_up_after"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,31 @@ class Production:
 
     version: int
     trained_on: tuple[Month, ...]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Whether something is so, and a sentence about it."""
+
+    found: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Performance:
+    """What the performance report of ``month`` found of the ``version`` that scored it."""
+
+    month: str
+    version: int
+    worse_than_promised: Finding
+    no_better_than_chance: Finding
+    worse_calibrated: Finding
+    sliding: Finding
+
+    @property
+    def decayed(self) -> bool:
+        """Whether the version ranks worse than it promised, or no better than chance."""
+        return self.worse_than_promised.found or self.no_better_than_chance.found
 
 
 @dataclass(frozen=True)
@@ -75,10 +101,30 @@ class Situation:
 
     newest: Month | None
     production: Production | None
-    performance: PerformanceReport | None
+    performance: Performance | None
     drift: Drift | None
     corrected: tuple[Correction, ...]
     past: tuple[Retraining, ...]
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """``what`` a person must look at, ``why`` it is so, and the ``remedy``.
+
+    Something calls for another model, and an ``obstacle`` forbids to train it; or, with none, Production's
+    probabilities are off, for which alone no model is trained.
+    """
+
+    about: Kind | Literal["worse_calibrated"]
+    obstacle: Obstacle | None
+    what: str
+    why: str
+    remedy: str
+
+    @property
+    def says(self) -> str:
+        """All of it in one sentence."""
+        return f"{self.what}: {self.why}; {self.remedy}"
 
 
 @dataclass(frozen=True)
@@ -86,20 +132,25 @@ class RetrainingDecision:
     """Whether to train again on the labelled months up to the newest.
 
     ``cause`` names what for and never changes for the same thing, so that it serves as a key: ``decay:2024-02:version
-    1``. It is None without a retraining. ``reason`` is a sentence; ``alarms`` are what a person must look at.
+    1``. It is None without a retraining. ``reason`` is a sentence.
     """
 
     retrain: bool
     cause: str | None
     reason: str
-    alarms: tuple[str, ...]
+    alarms: tuple[Alarm, ...]
 
 
 @dataclass(frozen=True)
 class _Cause:
     kind: Kind
     key: str
-    reason: str
+    what: str
+    why: str | None = None
+
+    @property
+    def reason(self) -> str:
+        return f"{self.what}: {self.why}" if self.why else self.what
 
 
 def should_retrain(situation: Situation, policy: RetrainingPolicy) -> RetrainingDecision:
@@ -114,20 +165,16 @@ def should_retrain(situation: Situation, policy: RetrainingPolicy) -> Retraining
     if production is None:
         return _first_model(newest, situation.past)
     causes, passed_over = _causes(situation, production, policy)
-    alarms = []
-    if _judges(situation, production) and situation.performance and situation.performance.worse_calibrated.found:
-        alarms.append(
-            f"version {production.version} is worse calibrated than it promised in {situation.performance.month}: "
-            f"{situation.performance.worse_calibrated.reason}"
-        )
-    held_back = []
+    alarms, held_back = list(_calibration(situation, production)), []
     for cause in causes:
         obstacle = _obstacle(cause, situation, newest, production, policy)
         if obstacle is None:
             return RetrainingDecision(True, cause.key, cause.reason, tuple(alarms))
         held_back.append(f"{cause.reason}; not trained again: {obstacle.reason}")
         if obstacle.alarms:
-            alarms.append(held_back[-1])
+            what, why = f"{cause.what}, and no model is trained for that", obstacle.reason
+            why = f"{why}; {cause.why}" if cause.why else why
+            alarms.append(Alarm(cause.kind, obstacle.name, what, why, obstacle.remedy))
     reason = (
         "; ".join([*held_back, *passed_over]) or f"nothing calls for another model than version {production.version}"
     )
@@ -145,6 +192,15 @@ def _first_model(newest: Month, past: Sequence[Retraining]) -> RetrainingDecisio
 def _judges(situation: Situation, production: Production) -> bool:
     """Whether the performance report is of what is in Production."""
     return situation.performance is not None and situation.performance.version == production.version
+
+
+def _calibration(situation: Situation, production: Production) -> Iterator[Alarm]:
+    report = situation.performance
+    if report is None or not _judges(situation, production) or not report.worse_calibrated.found:
+        return
+    what = f"version {production.version} is worse calibrated than it promised in {report.month}"
+    remedy = "no model is trained for that alone: `streamflow threshold` sets another threshold"
+    yield Alarm("worse_calibrated", None, what, report.worse_calibrated.reason, remedy)
 
 
 def _causes(situation: Situation, production: Production, policy: RetrainingPolicy) -> tuple[list[_Cause], list[str]]:
@@ -189,11 +245,11 @@ def _performance(
     because = [one.reason for one in (report.worse_than_promised, report.no_better_than_chance) if one.found]
     if because:
         kind = "no better than chance" if report.no_better_than_chance.found else "worse than promised"
-        reason = f"version {report.version} was {kind} in {report.month}: {because[0]}"
-        yield _Cause("decay", f"decay:{of}", reason), policy.on_decay
+        what = f"version {report.version} was {kind} in {report.month}"
+        yield _Cause("decay", f"decay:{of}", what, because[0]), policy.on_decay
     if report.sliding.found:
-        reason = f"version {report.version} slides, as of {report.month}: {report.sliding.reason}"
-        yield _Cause("slide", f"slide:{of}", reason), policy.on_slide
+        what = f"version {report.version} slides, as of {report.month}"
+        yield _Cause("slide", f"slide:{of}", what, report.sliding.reason), policy.on_slide
 
 
 def _drift(drift: Drift | None, production: Production, policy: RetrainingPolicy) -> Iterator[tuple[_Cause, bool]]:
@@ -224,7 +280,9 @@ def _more_data(newest: Month | None, production: Production, policy: RetrainingP
 
 @dataclass(frozen=True)
 class _Obstacle:
+    name: Obstacle | None
     reason: str
+    remedy: str = ""
     alarms: bool = True
 
 
@@ -232,38 +290,40 @@ def _obstacle(
     cause: _Cause, situation: Situation, newest: Month, production: Production, policy: RetrainingPolicy
 ) -> _Obstacle | None:
     """What forbids to train again for this cause now."""
+    by_hand = f"train by hand (`streamflow run {newest}`)"
     past = [one for one in situation.past if not one.cause.startswith("no_model:")]
     if cause.key in {one.cause for one in past}:
-        return _Obstacle("it was done for this already", alarms=False)
+        return _Obstacle(None, "it was done for this already", alarms=False)
     if cause.kind != "more_data":
         past = [one for one in past if not one.cause.startswith("more_data:") or one.month == newest]
     decayed = cause.kind == "decay"
     if cause.kind != "corrected_data":
         if newest in production.trained_on:
             reason = f"no labels are newer than those of {newest}, which version {production.version} learned from"
-            return _Obstacle(reason, alarms=decayed)
+            remedy = f"land the labels of {newest.shift(1)}"
+            return _Obstacle("no_newer_labels", reason, remedy, alarms=decayed)
         if past and _between(past[-1].month, newest) <= policy.cooldown_months:
             reason = (
-                f"the last time was for {past[-1].month}, and retraining.cooldown_months of the policy is "
+                f"the last retraining was for {past[-1].month}, and `retraining.cooldown_months` of the policy is "
                 f"{policy.cooldown_months}"
             )
-            return _Obstacle(reason, alarms=decayed and past[-1].month != newest)
+            remedy = f"land the labels of {past[-1].month.shift(policy.cooldown_months + 1)}, or {by_hand}"
+            return _Obstacle("cooldown", reason, remedy, alarms=decayed and past[-1].month != newest)
     recent = [one for one in past if 0 <= _between(one.month, newest) < 12]
     if len(recent) >= policy.maximum_per_year:
         reason = (
-            f"retrainings in twelve months: {len(recent)}, and retraining.maximum_per_year of the policy is "
+            f"retrainings in twelve months: {len(recent)}, and `retraining.maximum_per_year` of the policy is "
             f"{policy.maximum_per_year}"
         )
-        return _Obstacle(reason, alarms=cause.kind != "more_data")
+        remedy = f"see whether they helped (`streamflow models`), then {by_hand}, or raise it"
+        return _Obstacle("maximum_per_year", reason, remedy, alarms=cause.kind != "more_data")
     if cause.kind in ("corrected_data", "more_data"):
         return None
     known = [one for one in past if one.helped is not None][-policy.give_up_after :]
     if len(known) == policy.give_up_after and not any(one.helped for one in known):
-        reason = (
-            f"what was trained for {', '.join(str(one.month) for one in known)} did not help; see whether the data "
-            f"still tells who churns, then train by hand: streamflow run {newest}"
-        )
-        return _Obstacle(reason)
+        reason = f"what was trained for {', '.join(str(one.month) for one in known)} did not help"
+        remedy = f"see whether the data still tells who churns, then {by_hand}"
+        return _Obstacle("give_up_after", reason, remedy)
     return None
 
 

@@ -10,7 +10,7 @@ from streamflow.pipeline import Platform
 from streamflow.promotion import Entry, Version, current, decision_in_force, in_force
 from streamflow.relations import MEANINGS as MEANINGS
 from streamflow.relations import TRAINED as TRAINED
-from streamflow.relations import TRAINING_DATASET, MonthWrite, Source, in_store, standing
+from streamflow.relations import TRAINING_DATASET, MonthWrite, Source, Standing, in_store, standing
 from streamflow.relations import WATCHED as WATCHED
 from streamflow.relations import State as State
 from streamflow.relations import needs_labels as needs_labels
@@ -33,15 +33,14 @@ class MonthStatus:
     stale: tuple[str, ...]
 
     @property
-    def pending(self) -> tuple[str, ...]:
-        """What is to be made by itself, upstream first: all that is missing or stale but models, which need a cause."""
-        due = {*self.missing, *(name for name in self.stale if name not in TRAINED)}
-        return tuple(name for name in relations() if name in due)
+    def standing(self) -> Standing:
+        """How far the month is."""
+        return Standing(self.state, self.missing, self.stale)
 
     @property
-    def is_pending(self) -> bool:
-        """Whether something is to be made by itself."""
-        return bool(self.pending)
+    def pending(self) -> tuple[str, ...]:
+        """What is to be made by itself, upstream first."""
+        return self.standing.pending
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import msgspec
 from hypothesis import strategies as st
 
 from streamflow.evaluation import Comparison, FairnessGap, Interval, Segment, SegmentComparison
-from streamflow.gates import DecayPolicy, Evidence, Gates, Invariance, InvarianceRule, Policy, RetrainingPolicy
+from streamflow.gates import Evidence, Invariance
+from streamflow.policy import DecayPolicy, Gates, InvarianceRule, Policy, RetrainingPolicy
 
 BOUNDS = Gates(
     minimum_auc=0.5,

@@ -27,12 +27,11 @@ from streamflow.backtest import replay as replayed
 from streamflow.bootstrap import Interval
 from streamflow.contract import CONTRACT
 from streamflow.dataset import split
-from streamflow.decay import Achieved, Finding, PerformanceReport
 from streamflow.errors import ConfigurationError, TrainingRefused
 from streamflow.evaluation import Comparison, SegmentComparison
-from streamflow.gates import Policy
 from streamflow.months import Month
-from streamflow.retraining import Drift, Production, Situation
+from streamflow.policy import Policy
+from streamflow.retraining import Drift, Finding, Performance, Production, Situation
 from streamflow.settings import PROJECT_ROOT, Settings
 from streamflow.simulate import TRUTH, Scenario, frames
 from streamflow.training_config import TrainingConfig
@@ -56,25 +55,11 @@ def replay(policy: str, of: World) -> pd.DataFrame:
     return pd.DataFrame(replayed(of, POLICIES[policy], PRODUCT)).set_index("month")
 
 
-def performance(*, worse: bool = False, chance: bool = False, version: int = 0) -> PerformanceReport:
-    def finding(*, found: bool) -> Finding:
-        return Finding(found, 0.1, 0.05, "it says so")
+def performance(*, worse: bool = False, chance: bool = False, version: int = 0) -> Performance:
+    def finding(*, found: bool = False) -> Finding:
+        return Finding(found, "it says so")
 
-    achieved = Achieved(500, 130, {}, ())
-    quiet = finding(found=False)
-    return PerformanceReport(
-        "2024-02",
-        version,
-        ("2024-01",),
-        achieved,
-        None,
-        {},
-        0.01,
-        finding(found=worse),
-        finding(found=chance),
-        quiet,
-        quiet,
-    )
+    return Performance("2024-02", version, finding(found=worse), finding(found=chance), finding(), finding())
 
 
 def drifted(*significant: str, score: str = "none", large: tuple[str, ...] = ()) -> Drift:
@@ -82,7 +67,7 @@ def drifted(*significant: str, score: str = "none", large: tuple[str, ...] = ())
 
 
 def known(
-    performance: PerformanceReport | None = None, drift: Drift | None = None, learned: tuple[Month, ...] = (JANUARY,)
+    performance: Performance | None = None, drift: Drift | None = None, learned: tuple[Month, ...] = (JANUARY,)
 ) -> Situation:
     return Situation(FEBRUARY, Production(0, learned), performance, drift, (), ())
 

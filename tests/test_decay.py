@@ -15,8 +15,9 @@ from streamflow.contract import CONTRACT
 from streamflow.decay import DropExplained, Outcome, PerformanceReport, Promise, Side, explain_drop, performance_report
 from streamflow.errors import TrainingRefused
 from streamflow.evaluation import Interval
-from streamflow.gates import DecayPolicy, Evidence
+from streamflow.gates import Evidence
 from streamflow.months import Month
+from streamflow.policy import DecayPolicy
 from streamflow.procedure import Procedure
 from streamflow.settings import PROJECT_ROOT
 from streamflow.training_config import TrainingConfig

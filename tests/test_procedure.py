@@ -12,8 +12,9 @@ from streamflow.contract import CONTRACT
 from streamflow.dataset import TrainingDataset
 from streamflow.errors import ConfigurationError, TrainingRefused
 from streamflow.evaluation import intervals
-from streamflow.gates import NOT_TAKEN, InvarianceRule, Policy
+from streamflow.gates import NOT_TAKEN
 from streamflow.months import Month
+from streamflow.policy import InvarianceRule, Policy
 from streamflow.procedure import Procedure
 from streamflow.training_config import TrainingConfig
 

@@ -24,7 +24,8 @@ from streamflow.errors import (
     WarehouseUnavailable,
 )
 from streamflow.evaluation import Comparison, Interval
-from streamflow.gates import RELATIVE, Candidate, Evidence, Gate, Incomparable, Policy, absolute_gates
+from streamflow.gates import RELATIVE, Candidate, Evidence, Gate, Incomparable, absolute_gates
+from streamflow.policy import Policy
 from streamflow.promotion import (
     BY_HAND,
     Entry,

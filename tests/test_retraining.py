@@ -1,17 +1,21 @@
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
-from governed import RETRAINING, around
+from governed import RETRAINING
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamflow.decay import Achieved, Finding, PerformanceReport
 from streamflow.months import Month
+from streamflow.policy import RetrainingPolicy
 from streamflow.retraining import (
+    Alarm,
     Correction,
     Drift,
+    Finding,
+    Obstacle,
+    Performance,
     Production,
     Retraining,
     RetrainingDecision,
@@ -21,23 +25,16 @@ from streamflow.retraining import (
 
 JANUARY, FEBRUARY, MARCH, APRIL = Month.parse_range("2024-01..2024-04")
 FOUR_MONTHS = (JANUARY, FEBRUARY, MARCH, APRIL)
-KEPT = Finding(False, 0.0, 0.02, "as promised")
-WORSE = Finding(True, 0.35, 0.04, "AUC is 0.35 below the promised")
-CHANCE = Finding(True, 0.46, 0.5, "AUC may be 0.46")
-MISCALIBRATED = Finding(True, 0.2, 0.06, "20 points off")
-SLIDES = Finding(True, 0.05, 0.03, "AUC changed for the worse by 0.05")
+KEPT = Finding(False, "as promised")
+WORSE = Finding(True, "AUC is 0.35 below the promised")
+CHANCE = Finding(True, "AUC may be 0.46")
+MISCALIBRATED = Finding(True, "20 points off")
+SLIDES = Finding(True, "AUC changed for the worse by 0.05")
 
 
-def performance(month=FEBRUARY, version=1, **findings: Finding) -> PerformanceReport:
-    parts = dict.fromkeys(
-        ("worse_than_promised", "no_better_than_chance", "worse_calibrated", "sliding"),
-        KEPT,
-    )
-    achieved = Achieved(400, 100, {"auc": around(0.84)}, ())
-    promised = {"auc": around(0.84)}
-    return PerformanceReport(
-        str(month), version, ("2024-01",), achieved, achieved, promised, 0.02, **(parts | findings)
-    )
+def performance(month=FEBRUARY, version=1, **findings: Finding) -> Performance:
+    parts = dict.fromkeys(("worse_than_promised", "no_better_than_chance", "worse_calibrated", "sliding"), KEPT)
+    return Performance(str(month), version, **(parts | findings))
 
 
 def drift(month=FEBRUARY, version=1, significant=(), moderate=(), large=(), score="none") -> Drift:
@@ -157,10 +154,15 @@ def test_what_makes_it_train_again(changes: dict[str, Any], policy: dict[str, An
         ({"past": (Retraining(FEBRUARY, BY_DECAY, promoted=False, helped=None),)}, {}, False, None),
         # The first model starts no cooldown.
         ({"past": (FIRST,)}, {}, True, None),
-        ({"past": past((JANUARY, True))}, {}, False, "the last time was for 2024-01"),
+        ({"past": past((JANUARY, True))}, {}, False, "the last retraining was for 2024-01"),
         ({"past": past((JANUARY, True))}, {"cooldown_months": 0}, True, None),
         ({"past": past((JANUARY.shift(-1), True))}, {}, True, None),
-        ({"past": past((JANUARY.shift(-1), True))}, {"cooldown_months": 2}, False, "the last time was for 2023-12"),
+        (
+            {"past": past((JANUARY.shift(-1), True))},
+            {"cooldown_months": 2},
+            False,
+            "retraining was for 2023-12",
+        ),
         # Never two for one month: the other of the same data.
         ({"past": past((FEBRUARY, True))}, {"cooldown_months": 0}, False, None),
         # There is nothing that Production has not learned from.
@@ -201,7 +203,7 @@ def test_what_forbids_to_train_again_for_decay(
     assert decision.retrain == retrain
     assert decision.cause == (BY_DECAY if retrain else None)
     assert len(decision.alarms) == (alarm is not None)
-    assert (alarm or "") in "".join(decision.alarms)
+    assert (alarm or "") in "".join(one.says for one in decision.alarms)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +233,9 @@ def test_drift_that_waits_for_labels_is_no_alarm() -> None:
 def test_calibration_alone_is_an_alarm() -> None:
     decision = decided(replace(CALM, performance=performance(worse_calibrated=MISCALIBRATED)))
     assert not decision.retrain
-    assert decision.alarms == ("version 1 is worse calibrated than it promised in 2024-02: 20 points off",)
+    what = "version 1 is worse calibrated than it promised in 2024-02"
+    remedy = "no model is trained for that alone: `streamflow threshold` sets another threshold"
+    assert decision.alarms == (Alarm("worse_calibrated", None, what, "20 points off", remedy),)
 
 
 def test_decisions_speak_to_people() -> None:
@@ -243,12 +247,53 @@ def test_decisions_speak_to_people() -> None:
         "small drift in 2024-02 of watch_hours_30d, support_tickets_90d; the policy does not train again for that"
     )
     given_up = decided(replace(DECAYED, past=past((FEBRUARY.shift(-8), False), (FEBRUARY.shift(-4), False))))
-    assert given_up.alarms == (
-        "version 1 was no better than chance in 2024-02: AUC is 0.35 below the promised; not trained again: what was "
-        "trained for 2023-06, 2023-10 did not help; see whether the data still tells who churns, then train by hand: "
-        "streamflow run 2024-02",
+    (alarm,) = given_up.alarms
+    assert alarm.says == (
+        "version 1 was no better than chance in 2024-02, and no model is trained for that: what was trained for "
+        "2023-06, 2023-10 did not help; AUC is 0.35 below the promised; see whether the data still tells who churns, "
+        "then train by hand (`streamflow run 2024-02`)"
     )
-    assert given_up.reason == given_up.alarms[0]
+    assert given_up.reason == (
+        "version 1 was no better than chance in 2024-02: AUC is 0.35 below the promised; not trained again: what was "
+        "trained for 2023-06, 2023-10 did not help"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "policy", "obstacle", "remedy"),
+    [
+        ({"production": Production(1, (JANUARY, FEBRUARY))}, {}, "no_newer_labels", "land the labels of 2024-03"),
+        (
+            {"past": past((JANUARY, True))},
+            {"cooldown_months": 2},
+            "cooldown",
+            "land the labels of 2024-04, or train by hand (`streamflow run 2024-02`)",
+        ),
+        (
+            {"past": past((JANUARY.shift(-6), True))},
+            {"maximum_per_year": 1},
+            "maximum_per_year",
+            "see whether they helped (`streamflow models`), then train by hand (`streamflow run 2024-02`), or raise it",
+        ),
+        (
+            {"past": past((FEBRUARY.shift(-4), False))},
+            {"give_up_after": 1},
+            "give_up_after",
+            "see whether the data still tells who churns, then train by hand (`streamflow run 2024-02`)",
+        ),
+    ],
+)
+def test_an_alarm_names_what_holds_back_and_what_to_do(
+    changes: dict[str, Any], policy: dict[str, Any], obstacle: str, remedy: str
+) -> None:
+    (alarm,) = decided(replace(DECAYED, **changes), **policy).alarms
+    assert (alarm.about, alarm.obstacle) == ("decay", obstacle)
+    assert alarm.remedy == remedy
+
+
+@pytest.mark.parametrize("obstacle", get_args(Obstacle))
+def test_what_is_named_after_the_policy_is_in_it(obstacle: str) -> None:
+    assert obstacle in ("no_newer_labels", "cooldown") or obstacle in RetrainingPolicy.__struct_fields__
 
 
 # --- over months ----------------------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def test_states(landed: MonthManifest, written: dict[str, MonthWrite], state: st
     assert status.state == state
     assert set(status.missing) == set(missing)
     assert status.stale == ()
-    assert status.is_pending == (state in ("landed", "incomplete"))
+    assert bool(status.pending) == (state in ("landed", "incomplete"))
     assert (status.month, status.revision, status.rows) == ("2024-01", 1, 100)
     assert state in MEANINGS
 
@@ -156,7 +156,7 @@ def test_staleness_ends_step_by_step_as_it_is_materialized_again() -> None:
     for number, name in enumerate(chain):
         status = month_status(landed, written, in_production=True)
         assert status.stale == tuple(chain[number:])
-        assert status.is_pending == (number < len(chain) - 2)
+        assert bool(status.pending) == (number < len(chain) - 2)
         written = materialized(landed, name, old=written)
     assert month_status(landed, written, in_production=True).state == "complete"
 
@@ -296,4 +296,4 @@ def test_what_is_in_another_online_store_is_to_be_published_again(monkeypatch: p
             ledger=SimpleNamespace(entries=lambda: [entry("promote", 1, "anna", 1)]),
         )
         (month,) = status.month_statuses(platform)  # type: ignore[arg-type]
-        assert (month.state, month.missing, month.is_pending) == (state, missing, state == "incomplete")
+        assert (month.state, month.missing, bool(month.pending)) == (state, missing, state == "incomplete")

@@ -94,7 +94,7 @@ def retraining(context: SensorEvaluationContext, core: PlatformResource) -> RunR
             return SkipReason(BUSY)
         decision = loop.decision(platform, loop.newest_labelled(month_statuses(platform)))
         for alarm in decision.alarms:
-            context.log.warning(alarm)
+            context.log.warning(alarm.says)
         step, _ = _due(context.instance, platform)
         if step is None or step.cause is None:
             return SkipReason(decision.reason)

@@ -152,7 +152,7 @@ def _for_its_cause(core: PlatformResource, month: Month, config: TrainingChoice)
     group_name="registry",
     owners=OWNERS,
     kinds={"mlflow"},
-    code_version=pipeline.code_version("gates", "promotion", "registry"),
+    code_version=pipeline.code_version("gates", "policy", "promotion", "registry"),
     partitions_def=MONTHLY,
 )
 def registered_model_version(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:

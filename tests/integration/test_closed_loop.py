@@ -173,10 +173,10 @@ def test_decay_is_noticed_and_the_model_of_the_new_concept_goes_to_production(pl
     first, second = platform.ledger.versions()
     assert (first.lineage["cause"], second.lineage["cause"]) == ("no_model:2024-01", "decay:2024-02:version 1")
     assert second.lineage["window"] == ["2024-02"]
-    found = list(loop.retrainings(platform.database, entries, [first, second]))
-    assert [(one.cause, one.promoted, one.helped) for one in found] == [
-        ("no_model:2024-01", True, True),
-        ("decay:2024-02:version 1", True, True),
+    found = loop.known(platform.database).begun
+    assert [(one.cause, one.version, one.promoted, one.helped) for one in found] == [
+        ("no_model:2024-01", 1, True, True),
+        ("decay:2024-02:version 1", 2, True, True),
     ]
 
 
@@ -197,8 +197,7 @@ def test_nothing_is_requested_while_the_command_line_is_at_work(platform, daemon
 
 
 def causes(platform):
-    over = loop.retrainings(platform.database, platform.ledger.entries(), platform.ledger.versions())
-    return [one.cause for one in over]
+    return [one.cause for one in loop.known(platform.database).situation(FEBRUARY).past]
 
 
 def test_a_cause_is_trained_for_once(platform, two_months):

@@ -28,8 +28,10 @@ from streamflow.database import Database
 from streamflow.errors import TrainingRefused
 from streamflow.gates import absolute_gates
 from streamflow.months import Month
+from streamflow.policy import Policy
 from streamflow.promotion import Entry, Ledger, Version
 from streamflow.relations import MonthWrite
+from streamflow.retraining import RetrainingDecision
 from streamflow.settings import Settings
 
 JANUARY, FEBRUARY, MARCH = Month.parse_range("2024-01..2024-03")
@@ -252,7 +254,7 @@ def test_an_empty_platform_says_how_to_begin(page_of: Callable[..., Page]) -> No
     assert page.title == "Nothing is in Production"
     assert "streamflow land FOLDER --month YYYY-MM" in page.header
     assert page.attention == [
-        "This service answers no prediction: no version is in Production; "
+        "This service answers no prediction. No version is in Production; "
         "run streamflow promote VERSION --by NAME --reason TEXT."
     ]
     for section, says in {
@@ -344,6 +346,7 @@ def test_the_story_of_two_months(story: Story, artifacts: tuple[bytes, bytes], p
     assert months["2024-01"][4:] == [
         "none significant", f"{auc['2024-01'].value:.3f} promised 0.840", "version 1 promoted"
     ]  # fmt: skip
+    assert "Not due. Nothing calls for another model than version 2." in page.section("retraining")
     assert page.rows("retraining") == [
         ["2024-02-01 13:00 UTC", "2024-02", "Version 1 was no better than chance in 2024-02", "version 2 promoted"],
         ["2024-02-01 10:00 UTC", "2024-01", "Nothing is in Production, and 2024-01 has labels", "version 1 promoted"],
@@ -368,9 +371,73 @@ def test_what_is_in_production_is_held_against_what_it_promised(
     outcome = ", as promised." if good else ": no better than chance."
     assert f"In 2024-02 {says.replace(' in', '')} in {share}{outcome}" in page.header
     assert f"AUC achieved {auc.value:.3f} {auc.low:.3f} to {auc.high:.3f} in 2024-02" in page.header
-    decayed = "Version 1, which is in Production, was no better than chance, worse than promised and worse calibrated"
-    assert page.attention == ([] if good else [f"{decayed} in 2024-02."])
+    decayed = "Version 1, which is in Production, was no better than chance and worse than promised in 2024-02"
+    off = (
+        "Version 1 is worse calibrated than it promised in 2024-02. "
+        f"{sentence_of(report.worse_calibrated.reason)}. "
+        "No model is trained for that alone: streamflow threshold sets another threshold."
+    )
+    assert page.attention == ([] if good else [f"{decayed}; another is trained by itself.", off])
     assert "to come" not in page.section("quality")
+    due = "Due now. Version 1 was no better than chance in 2024-02"
+    says = "Not due. Nothing calls for another model than version 1." if good else due
+    assert says in page.section("retraining")
+
+
+def test_what_holds_a_retraining_back_needs_a_look(
+    story: Story, settings: Settings, artifacts: tuple[bytes, bytes], page_of: Callable[..., Page]
+) -> None:
+    first = story.register(1, artifacts[0], auc=0.8, window=["2024-01", "2024-02"])
+    story.decide("promote", first)
+    story.performance(FEBRUARY, first, good=False)
+    story.month(MARCH, "labels", "training_dataset", "performance_report")
+    page = page_of()
+    off, held_back = loop_decision(story, settings, FEBRUARY).alarms
+    assert (held_back.about, held_back.obstacle) == ("decay", "no_newer_labels")
+    assert (off.about, off.obstacle) == ("worse_calibrated", None)
+    assert page.attention == [
+        " ".join(f"{sentence_of(part).replace('`', '')}." for part in (alarm.what, alarm.why, alarm.remedy))
+        for alarm in (held_back, off)
+    ]
+    assert page.attention[0].startswith(
+        "Version 1 was no better than chance in 2024-02, and no model is trained for that. No labels are newer than "
+        "those of 2024-02, which version 1 learned from; AUC of 300 held-out users is "
+    )
+    assert page.attention[0].endswith(" Land the labels of 2024-03.")
+    assert COMPLETE[0] not in page.header
+    assert "Held back. Needs a look says why, and what to do." in page.section("retraining")
+
+
+def loop_decision(story: Story, settings: Settings, newest: Month) -> RetrainingDecision:
+    """What the sensor and `streamflow status` decide."""
+    platform: Any = SimpleNamespace(database=story.database, policy=Policy.load(settings))
+    return loop.decision(platform, newest)
+
+
+def sentence_of(reason: str) -> str:
+    return plain(reason[:1].upper() + reason[1:])
+
+
+def test_a_policy_that_cannot_be_used_needs_a_look(
+    story: Story, settings: Settings, artifacts: tuple[bytes, bytes], serve: Callable[[Settings], Api]
+) -> None:
+    story.decide("promote", story.register(1, artifacts[0]))
+    story.month(JANUARY)
+    file = settings.home / "policy.toml"
+    file.write_text(settings.policy_file.read_text().replace("[decay]", "[decay]\nsurprise = 1"))
+    api = serve(settings.model_copy(update={"policy_file": file}))
+    eventually(lambda: api.get("/ready").status_code == 200)
+    page = Page(api.get("/").text)
+    assert page.attention == [
+        f"Whether to train again cannot be decided. The policy file {file} cannot be used: "
+        "Object contains unknown field surprise - at $.decay."
+    ]
+    assert "Undecided. Needs a look says why." in page.section("retraining")
+    assert page.title == "Version 1 is in Production"
+    file.write_text(settings.policy_file.read_text())
+    mended = Page(api.get("/").text)
+    assert not mended.attention
+    assert "Not due. Nothing calls for another model than version 1." in mended.section("retraining")
 
 
 def test_a_version_that_waits_is_shown_with_its_gates_and_the_command(
@@ -443,7 +510,7 @@ def test_a_retraining_without_a_version_needs_a_look(
     story.retrain(MARCH, "decay:2024-03:version 1", "it decayed again", failure="no <label> is there")
     page = page_of()
     assert page.attention == [
-        "The retraining for 2024-03 failed: TrainingRefused: no <label> is there",
+        "The retraining for 2024-03 failed. TrainingRefused: no <label> is there.",
         "The retraining for 2024-02 has no version yet: it is under way, or its process was killed.",
     ]
     assert page.rows("retraining") == [
@@ -669,7 +736,7 @@ def test_a_password_opens_the_page_only(guarded: tuple[Api, str]) -> None:
 
 PAIRS = [
     *(("ink", on) for on in ("page", "panel", "tint", "bad-tint", "warn-tint", "calm", "strong")),
-    *(("soft", on) for on in ("page", "panel", "tint", "bad-tint")),
+    *(("soft", on) for on in ("page", "panel", "tint", "bad-tint", "warn-tint")),
     ("faint", "page"), ("faint", "panel"), ("accent", "page"), ("page", "accent"),
     ("good", "page"), ("good", "good-tint"), ("bad", "page"), ("bad", "panel"), ("bad", "bad-tint"),
     ("warn", "warn-tint"),
@@ -717,7 +784,8 @@ def _performance(month: str, achieved: float, **changes: Any) -> ops_page.Perfor
 def _page(*months: ops_page.MonthView, **changes: Any) -> OpsPage:
     empty: dict[str, Any] = {
         "at": NOW, "production": None, "served": Served(1, None), "waiting": (), "waiting_in_all": 0,
-        "months": months, "months_in_all": len(months), "retrainings": (), "ledger": (), "entries_in_all": 0,
+        "months": months, "months_in_all": len(months),
+        "decision": None, "undecided": None, "retrainings": (), "ledger": (), "entries_in_all": 0,
         "trace": None,
     }  # fmt: skip
     return OpsPage(**(empty | changes))
