@@ -5,7 +5,7 @@ record is read by the few names that the page shows. Months are as the warehouse
 the landing zone is not.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from typing import Any, Literal, TypeVar
@@ -21,6 +21,7 @@ from streamflow.predictions import LoggedPrediction
 from streamflow.relations import (
     CHURN_SCORES,
     TRAINING_DATASET,
+    Months,
     MonthWrite,
     Source,
     Standing,
@@ -379,7 +380,7 @@ WRITES = """
     SELECT relation, month, revision, digest, rows, sources, written_at,
         facts - 'lineage' - 'evidence' - 'files' AS facts
     FROM streamflow.month_writes
-    WHERE relation = $2
+    WHERE relation = ANY($2)
         OR month IN (SELECT DISTINCT month FROM streamflow.month_writes ORDER BY month DESC LIMIT $1)
     ORDER BY month, relation
 """
@@ -459,9 +460,9 @@ async def _months(
     in_production: bool,
 ) -> list[MonthView]:
     """The newest months, newest first."""
-    rows = await _rows(postgres, _Write, WRITES, SHOWN_MONTHS, TRAINING_DATASET)
+    of_older_months = [TRAINING_DATASET, *(str(table.snapshot) for table in contract.snapshots)]
+    rows = await _rows(postgres, _Write, WRITES, SHOWN_MONTHS, of_older_months)
     writes = [MonthWrite(**{**msgspec.structs.asdict(row), "month": Month.parse(row.month)}) for row in rows]
-    datasets = [write for write in writes if write.relation == TRAINING_DATASET]
     written = in_store(writes, online_store, contract)
     shown = sorted(written, reverse=True)[:SHOWN_MONTHS]
     keys = [str(month) for month in shown]
@@ -472,8 +473,7 @@ async def _months(
         _month(
             month,
             contract,
-            written[month],
-            [one for one in datasets if one.month < month],
+            written,
             in_production=in_production,
             drift=drifts.get(str(month)),
             performance=performances.get(str(month)),
@@ -486,20 +486,20 @@ async def _months(
 def _month(
     month: Month,
     contract: Contract,
-    written: Mapping[str, MonthWrite],
-    earlier: Sequence[MonthWrite],
+    everywhere: Months,
     *,
     in_production: bool,
     drift: Drift | None,
     performance: Performance | None,
     retraining: Retraining | None,
 ) -> MonthView:
+    written = everywhere[month]
     tables = [table.name for table in contract.tables if table.name in written]
     landed = {name: written[name].as_source for name in tables}
     scores = written[CHURN_SCORES].facts if CHURN_SCORES in written else {}
     return MonthView(
         str(month),
-        standing(landed, written, contract, earlier, in_production=in_production),
+        standing(landed, written, contract, everywhere, in_production=in_production),
         written[tables[0]].rows if tables else None,
         scores.get("version"),
         scores.get("contacts"),

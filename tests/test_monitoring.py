@@ -17,6 +17,7 @@ from streamflow.months import Month
 from streamflow.pipeline import Platform
 from streamflow.settings import Settings
 from streamflow.simulate import Scenario, simulate
+from streamflow.warehouse import month_write
 
 JANUARY, FEBRUARY, MARCH, APRIL, MAY, JUNE = Month.parse_range("2024-01..2024-06")
 NOW = datetime(2024, 7, 3, tzinfo=UTC)
@@ -143,6 +144,18 @@ def test_a_month_with_a_tenth_of_the_customers_does_not_alarm(world: World) -> N
     assert (report.current_users, report.significant) == (USERS // 10, ())
     performance = monitoring.report_performance(world.platform, FEBRUARY, NOW).report
     assert not performance.decayed
+
+
+def test_a_drift_report_names_what_the_month_that_it_is_held_against_held(world: World) -> None:
+    written = monitoring.report_drift(world.platform, FEBRUARY, NOW).write
+    with world.platform.database.connect() as connection:
+        january = {
+            table.snapshot: month_write(connection, str(table.snapshot), JANUARY) for table in CONTRACT.snapshots
+        }
+    own = {"churn_scores", *january}
+    assert set(written.sources) == own | {f"{snapshot} 2024-01" for snapshot in january}
+    assert all(written.sources[f"{name} 2024-01"] == write.as_source for name, write in january.items())
+    assert set(monitoring.report_drift(world.platform, JANUARY, NOW).write.sources) == own
 
 
 def test_a_feature_that_turned_constant_is_found(world: World) -> None:

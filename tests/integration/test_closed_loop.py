@@ -100,6 +100,24 @@ class Daemon:
             pass
         return self.runs[begun:]
 
+    def follow(self, state) -> set[tuple[str, str]]:
+        """Make what the automation conditions ask for since ``state``, until they ask for nothing more."""
+        made: set[tuple[str, str]] = set()
+        while True:
+            state = evaluate_automation_conditions(defs, self.instance, cursor=state.cursor)
+            requested = {
+                (partition, name)
+                for name in DATA | REPORTED | MODEL
+                for partition in (state.get_requested_partitions(AssetKey(name)) or ())
+            }
+            if not requested:
+                return made
+            made |= requested
+            for month in {partition for partition, _ in requested}:
+                names = [name for partition, name in requested if partition == month]
+                done = runner.run_assets(self.instance, Month.parse(month), names, progress=lambda _: None)
+                assert done.succeeded
+
     def _tick(self, sensor) -> bool:
         request = self.evaluate(sensor)
         if isinstance(request, SkipReason) or request.run_key in self.keys:
@@ -130,6 +148,15 @@ def land(platform, month, *tables):
             shutil.copy(folder / f"{table}.csv", part)
         folder = part
     return LandingZone(platform.settings.home).land(folder, month, NOW)
+
+
+def correct(platform, month):
+    """Land the month again with one failed payment more, which takes the place of the one before."""
+    file = platform.settings.home / "data" / str(month) / "payments_agg_90d.csv"
+    header, *rows = file.read_text().splitlines()
+    user, failed = rows[0].split(",")
+    file.write_text("\n".join([header, f"{user},{int(failed) + 1}", *rows[1:]]) + "\n")
+    assert land(platform, month).changed
 
 
 MODEL = {"churn_model", "registered_model_version"}
@@ -254,11 +281,7 @@ def test_a_corrected_table_is_brought_in_alone_and_the_conditions_make_what_depe
     platform, daemon, dagster, two_months
 ):
     state = evaluate_automation_conditions(defs, dagster)
-    file = platform.settings.home / "data" / str(MARCH) / "payments_agg_90d.csv"
-    header, *rows = file.read_text().splitlines()
-    user, failed = rows[0].split(",")
-    file.write_text("\n".join([header, f"{user},{int(failed) + 1}", *rows[1:]]) + "\n")
-    land(platform, MARCH)
+    correct(platform, MARCH)
 
     assert daemon.work() == [("2024-03", {"payments_agg_90d"})]
     (march,) = (one for one in month_statuses(platform) if one.month == "2024-03")
@@ -267,27 +290,41 @@ def test_a_corrected_table_is_brought_in_alone_and_the_conditions_make_what_depe
     assert "the sensor corrections, unless stopped, has" in daemon.evaluate(automation.landed_months).skip_message
 
     old = {one.month: one.digest for one in monitoring.reports(platform.database, "drift_report").values()}
-    made: set[str] = set()
-    while True:
-        state = evaluate_automation_conditions(defs, dagster, cursor=state.cursor)
-        requested = {
-            (key.to_user_string(), partition)
-            for key in (AssetKey(name) for name in DATA | REPORTED | MODEL)
-            for partition in (state.get_requested_partitions(key) or ())
-        }
-        if not requested:
-            break
-        assert {partition for _, partition in requested} == {"2024-03"}
-        names = [name for name, _ in requested]
-        made |= set(names)
-        assert runner.run_assets(dagster, MARCH, names, progress=lambda _: None).succeeded
-    assert made == depends
+    assert daemon.follow(state) == {("2024-03", name) for name in depends}
     assert {one.month: one.state for one in month_statuses(platform)} == dict.fromkeys(
         ("2024-01", "2024-02", "2024-03"), "complete"
     )
     now = {one.month: one.digest for one in monitoring.reports(platform.database, "drift_report").values()}
     assert {month for month in now if now[month] != old[month]} == {MARCH}
     assert scores.load(platform.database, MARCH).version == 2
+
+
+def test_a_drift_report_of_another_month_that_was_held_against_a_corrected_one_is_made_again(
+    platform, daemon, dagster, two_months
+):
+    """February was scored by what learned from January, March by what learned from February."""
+    state = evaluate_automation_conditions(defs, dagster)
+    for _ in ("corrected", "corrected again"):
+        correct(platform, JANUARY)
+        assert daemon.work() == [("2024-01", {"payments_agg_90d"})]
+        assert {month for month, _ in daemon.follow(state)} == {"2024-01"}
+        stale = {one.month: one.stale for one in month_statuses(platform)}
+        models = ("churn_model", "registered_model_version")
+        assert stale == {"2024-01": models, "2024-02": ("drift_report", *models), "2024-03": ()}
+
+        request = daemon.evaluate(automation.landed_months)
+        assert request.tags["streamflow/reason"] == (
+            "2024-02 is stale, held against 2024-01 as it was before its correction"
+        )
+        before = drift_of(platform, FEBRUARY)
+        assert daemon.work() == [("2024-02", {"drift_report"})]
+        assert drift_of(platform, FEBRUARY) != before
+        state = evaluate_automation_conditions(defs, dagster)
+        assert {one.month: one.stale for one in month_statuses(platform)}["2024-02"] == models
+
+
+def drift_of(platform, month):
+    return monitoring.reports(platform.database, "drift_report")[month].digest
 
 
 def test_a_month_that_fails_waits_for_a_person_and_holds_up_no_other(platform, daemon, two_months):
