@@ -122,10 +122,13 @@ def _due(instance: DagsterInstance, platform: Platform) -> tuple[loop.Step | Non
 def _run_key(platform: Platform, step: loop.Step) -> str:
     """Names what has landed of the month, and whether all is to be made of it or only what waited for Production.
 
-    What is due because of other months is named by what has landed of those too.
+    What is due because of other months is named by what has landed of those too. Revisions count, not only contents: a
+    correction may be taken back.
     """
     manifests = [platform.landing.manifest(month).current for month in (step.month, *step.because_of)]
-    landed = ",".join(f"{name}@{current[name].sha256}" for current in manifests for name in sorted(current))
+    landed = ",".join(
+        f"{name}@{one.revision}:{one.sha256}" for current in manifests for name, one in sorted(current.items())
+    )
     what = "scores" if set(step.assets) <= set(WATCHED) else "month"
     return f"{what} {step.month}:{hashlib.sha256(landed.encode()).hexdigest()[:16]}"
 

@@ -150,12 +150,12 @@ def land(platform, month, *tables):
     return LandingZone(platform.settings.home).land(folder, month, NOW)
 
 
-def correct(platform, month):
+def correct(platform, month, *, by=1):
     """Land the month again with one failed payment more, which takes the place of the one before."""
     file = platform.settings.home / "data" / str(month) / "payments_agg_90d.csv"
     header, *rows = file.read_text().splitlines()
     user, failed = rows[0].split(",")
-    file.write_text("\n".join([header, f"{user},{int(failed) + 1}", *rows[1:]]) + "\n")
+    file.write_text("\n".join([header, f"{user},{int(failed) + by}", *rows[1:]]) + "\n")
     assert land(platform, month).changed
 
 
@@ -297,6 +297,15 @@ def test_a_corrected_table_is_brought_in_alone_and_the_conditions_make_what_depe
     now = {one.month: one.digest for one in monitoring.reports(platform.database, "drift_report").values()}
     assert {month for month in now if now[month] != old[month]} == {MARCH}
     assert scores.load(platform.database, MARCH).version == 2
+
+
+def test_a_correction_that_is_taken_back_is_brought_in_too(platform, daemon, dagster, two_months):
+    """What has landed is then what had landed before the correction, and that was asked for once."""
+    state = evaluate_automation_conditions(defs, dagster)
+    correct(platform, MARCH, by=-1)
+    assert daemon.work() == [("2024-03", {"payments_agg_90d"})]
+    assert {month for month, _ in daemon.follow(state)} == {"2024-03"}
+    assert {one.month: one.state for one in month_statuses(platform)}["2024-03"] == "complete"
 
 
 def test_a_drift_report_of_another_month_that_was_held_against_a_corrected_one_is_made_again(
