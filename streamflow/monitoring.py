@@ -28,6 +28,7 @@ from streamflow.settings import Settings
 from streamflow.warehouse import MonthWrite, Source, lock, month_write, record
 
 if TYPE_CHECKING:
+    import pandas as pd
     import psycopg
 
     from streamflow.decay import PerformanceReport
@@ -61,6 +62,23 @@ class DriftContent(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """A month's scores, of `scores.ranked`, and their record."""
+
+    write: MonthWrite
+    frame: "pd.DataFrame"
+
+    @property
+    def image(self) -> bytes:
+        """How the probabilities are distributed and what contacting customers adds up to, as PNG."""
+        from streamflow import plots
+
+        facts = self.write.facts
+        image: bytes = plots.contacts_plot(self.frame, facts["capacity"], facts["version"])
+        return image
+
+
+@dataclass(frozen=True)
 class Drift:
     """A month's drift report, its record, its plots as PNG by title, and the page for people."""
 
@@ -90,7 +108,7 @@ class Performance:
 # --- scores ---------------------------------------------------------------------------------------------------------
 
 
-def score_month(platform: Platform, month: Month, now: datetime, *, version: int | None = None) -> MonthWrite | None:
+def score_month(platform: Platform, month: Month, now: datetime, *, version: int | None = None) -> Scoring | None:
     """Score every customer of the month and keep what came out; None, with nothing changed, while nothing can.
 
     A month is scored by the version that was Production when it was scored first, however often its data is corrected,
@@ -113,7 +131,7 @@ def score_month(platform: Platform, month: Month, now: datetime, *, version: int
     fees = rows[contract.fee].to_numpy(dtype="float64")
     frame = scores.ranked(rows[USER_ID], probabilities, fees, chosen.threshold, worth)
     unscored = sorted(set(found[USER_ID]) - set(rows[USER_ID]))
-    return scores.save(
+    written = scores.save(
         platform.database,
         scores_folder(platform.settings),
         month,
@@ -132,6 +150,7 @@ def score_month(platform: Platform, month: Month, now: datetime, *, version: int
         },
         now=now,
     )
+    return Scoring(written, frame)
 
 
 def scores_folder(settings: Settings) -> Path:

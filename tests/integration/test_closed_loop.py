@@ -186,6 +186,22 @@ def test_the_second_month_is_scored_by_what_the_first_put_into_production(platfo
     assert [scores.load(platform.database, month).version for month in (JANUARY, FEBRUARY)] == [1, 1]
 
 
+@pytest.mark.parametrize(
+    ("asset", "plots"),
+    [
+        ("churn_scores", ["Scores"]),
+        ("drift_report", ["Drift", "Features that drift"]),
+        ("performance_report", ["Performance"]),
+        ("churn_model", ["ROC curve", "Reliability", "Segments"]),
+    ],
+)
+def test_each_asset_has_the_plots_that_matter_in_its_page(asset, plots, dagster, two_months):
+    event = dagster.get_latest_materialization_event(AssetKey(asset)).asset_materialization
+    values = [str(value.value) for value in event.metadata.values()]
+    found = [value for value in values if "data:image/png;base64,iVBOR" in value]
+    assert [value[2 : value.index("]")] for value in found] == plots
+
+
 def test_decay_is_noticed_and_the_model_of_the_new_concept_goes_to_production(platform, two_months):
     january, february = monitoring.performance_history(platform.database)
     assert not january.decayed
