@@ -15,13 +15,13 @@ from streamflow.relations import TRAINING_DATASET, MonthWrite, Source, Standing,
 
 NEWEST = 12
 
-# The datasets of all months tell whether a model's window would be chosen among others now. Of facts, what is long and
-# not shown stays behind.
+# The datasets and snapshots of all months tell what other months make stale. Of facts, what is long and not shown stays
+# behind.
 WRITES = """
     SELECT relation, month, revision, digest, rows, sources, written_at,
         facts - 'lineage' - 'evidence' - 'files' AS facts
     FROM streamflow.month_writes
-    WHERE relation = $2
+    WHERE relation = ANY($2)
         OR month IN (SELECT DISTINCT month FROM streamflow.month_writes ORDER BY month DESC LIMIT $1)
         OR month IN (SELECT month FROM streamflow.month_writes WHERE relation = $3 ORDER BY month DESC LIMIT $1)
     ORDER BY month, relation
@@ -54,16 +54,16 @@ async def months_made(
 
     Raises WarehouseUnavailable.
     """
-    rows = await postgres.read(_Write, WRITES, NEWEST, TRAINING_DATASET, contract.label_table.name)
+    of_older_months = [TRAINING_DATASET, *(str(table.snapshot) for table in contract.snapshots)]
+    rows = await postgres.read(_Write, WRITES, NEWEST, of_older_months, contract.label_table.name)
     writes = [MonthWrite(**{**msgspec.structs.asdict(row), "month": Month.parse(row.month)}) for row in rows]
-    datasets = [write for write in writes if write.relation == TRAINING_DATASET]
     written = in_store(writes, online_store, contract)
     labelled = [month for month, of_month in written.items() if contract.label_table.name in of_month]
     made = {}
     for month in sorted({*_newest(written), *_newest(labelled)}, reverse=True):
-        of_month, earlier = written[month], [one for one in datasets if one.month < month]
+        of_month = written[month]
         landed = {table.name: of_month[table.name].as_source for table in contract.tables if table.name in of_month}
-        stands = standing(landed, of_month, contract, earlier, in_production=in_production)
+        stands = standing(landed, of_month, contract, written, in_production=in_production)
         made[month] = MonthMade(of_month, stands)
     return made
 

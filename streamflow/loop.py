@@ -24,12 +24,17 @@ from streamflow.warehouse import month_write
 
 @dataclass(frozen=True)
 class Step:
-    """The next thing to do: make these assets of a month, upstream first; ``cause`` is that of a retraining."""
+    """The next thing to do: make these assets of a month, upstream first.
+
+    ``cause`` is that of a retraining. ``because_of`` are the other months whose correction made some of them due, which
+    nothing in their own month did: `Standing.because_of`.
+    """
 
     month: Month
     assets: tuple[str, ...]
     reason: str
     cause: str | None = None
+    because_of: tuple[Month, ...] = ()
 
 
 def next_step(
@@ -41,8 +46,8 @@ def next_step(
     """What is to be done next; None when nothing is. A pure function of ``months``, oldest first, and ``decide``.
 
     ``decide`` says whether to train again when the given month is the newest that is labelled and done. Months are
-    done in order, and before a newer one is begun, models are trained for what the older ones gave reason to: the newer
-    one is scored by what comes of it. Those ``left_out``, because they failed, hold up no other.
+    done in order, and before a newer one is scored, models are trained for what the older ones gave reason to: the
+    newer one is scored by what comes of it. Those ``left_out``, because they failed, hold up no other.
     """
     newest_labelled = None
     for status in months:
@@ -50,11 +55,19 @@ def next_step(
         if month in left_out:
             continue
         if status.pending:
-            retraining = _retraining(newest_labelled, decide)
-            return retraining or Step(month, status.pending, f"{month} is {status.state}")
+            retraining = None if status.scored else _retraining(newest_labelled, decide)
+            return retraining or _pending(month, status)
         if status.state != "unlabelled":
             newest_labelled = month
     return _retraining(newest_labelled, decide)
+
+
+def _pending(month: Month, status: MonthStatus) -> Step:
+    others = sorted({other for name in status.pending for other in status.because_of.get(name, ())})
+    why = f", held against {', '.join(others)} as it was before its correction" if others else ""
+    return Step(
+        month, status.pending, f"{month} is {status.state}{why}", because_of=tuple(Month.parse(one) for one in others)
+    )
 
 
 def _retraining(newest: Month | None, decide: Callable[[Month], RetrainingDecision]) -> Step | None:

@@ -5,7 +5,7 @@ decay.py's.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -23,11 +23,13 @@ from streamflow.pipeline import Platform
 from streamflow.promotion import Version, current, in_force
 from streamflow.relations import DRIFT_REPORT as DRIFT_REPORT
 from streamflow.relations import PERFORMANCE_REPORT as PERFORMANCE_REPORT
+from streamflow.relations import of_other_months
 from streamflow.settings import Settings
 from streamflow.situation import made_by_another
 from streamflow.warehouse import MonthWrite, Source, lock, month_write, record
 
 if TYPE_CHECKING:
+    import pandas as pd
     import psycopg
 
     from streamflow.decay import PerformanceReport
@@ -61,6 +63,23 @@ class DriftContent(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """A month's scores, of `scores.ranked`, and their record."""
+
+    write: MonthWrite
+    frame: "pd.DataFrame"
+
+    @property
+    def image(self) -> bytes:
+        """How the probabilities are distributed and what contacting customers adds up to, as PNG."""
+        from streamflow import plots
+
+        facts = self.write.facts
+        image: bytes = plots.contacts_plot(self.frame, facts["capacity"], facts["version"])
+        return image
+
+
+@dataclass(frozen=True)
 class Drift:
     """A month's drift report, its record, its plots as PNG by title, and the page for people."""
 
@@ -90,7 +109,7 @@ class Performance:
 # --- scores ---------------------------------------------------------------------------------------------------------
 
 
-def score_month(platform: Platform, month: Month, now: datetime, *, version: int | None = None) -> MonthWrite | None:
+def score_month(platform: Platform, month: Month, now: datetime, *, version: int | None = None) -> Scoring | None:
     """Score every customer of the month and keep what came out; None, with nothing changed, while nothing can.
 
     A month is scored by the version that was Production when it was scored first, however often its data is corrected,
@@ -105,7 +124,7 @@ def score_month(platform: Platform, month: Month, now: datetime, *, version: int
         return None
     scorer = pipeline.scorer_of(platform, chosen)
     with platform.database.connect() as connection:
-        snapshots = _snapshots(connection, contract, month)
+        snapshots = {one.relation: one.as_source for one in _snapshots(connection, contract, month)}
     found = features.features_of_month(platform.database, platform.feature_store, month, contract)
     rows = dataset.scorable(found, month, _columns_of(scorer, contract, contract.fee))
     probabilities = procedure.score(scorer, rows)
@@ -113,7 +132,7 @@ def score_month(platform: Platform, month: Month, now: datetime, *, version: int
     fees = rows[contract.fee].to_numpy(dtype="float64")
     frame = scores.ranked(rows[USER_ID], probabilities, fees, chosen.threshold, worth)
     unscored = sorted(set(found[USER_ID]) - set(rows[USER_ID]))
-    return scores.save(
+    written = scores.save(
         platform.database,
         scores_folder(platform.settings),
         month,
@@ -132,6 +151,7 @@ def score_month(platform: Platform, month: Month, now: datetime, *, version: int
         },
         now=now,
     )
+    return Scoring(written, frame)
 
 
 def scores_folder(settings: Settings) -> Path:
@@ -161,9 +181,8 @@ def _columns_of(scorer: "Scorer", contract: Contract, *more: str) -> list[Column
     return [column for column in contract.features if column.name in wanted]
 
 
-def _snapshots(connection: "psycopg.Connection[Any]", contract: Contract, month: Month) -> dict[str, Source]:
-    names = [str(table.snapshot) for table in contract.snapshots]
-    return {name: month_write(connection, name, month).as_source for name in names}
+def _snapshots(connection: "psycopg.Connection[Any]", contract: Contract, month: Month) -> list[MonthWrite]:
+    return [month_write(connection, str(table.snapshot), month) for table in contract.snapshots]
 
 
 # --- drift ----------------------------------------------------------------------------------------------------------
@@ -179,9 +198,11 @@ def report_drift(platform: Platform, month: Month, now: datetime) -> Drift:
     contract = platform.contract
     with platform.database.connect() as connection:
         scored = month_write(connection, scores.CHURN_SCORES, month)
-        sources = {**_snapshots(connection, contract, month), scores.CHURN_SCORES: scored.as_source}
+        sources = {one.relation: one.as_source for one in (*_snapshots(connection, contract, month), scored)}
     version = platform.ledger.version(scored.facts["version"])
     trained_on = trained_months(version)[-1]
+    with platform.database.connect() as connection:
+        against = _snapshots(connection, contract, trained_on) if trained_on != month else []
     scorer = pipeline.scorer_of(platform, version)
     reference, now_there = (
         features.features_of_month(platform.database, platform.feature_store, one, contract)
@@ -196,7 +217,9 @@ def report_drift(platform: Platform, month: Month, now: datetime) -> Drift:
         current_scores=procedure.score(scorer, dataset.scorable(now_there, month, columns)),
     )
     content = DriftContent(str(month), version.version, str(trained_on), report)
-    written = _keep(platform, DRIFT_REPORT, month, version, content, sources, report.current_users, now)
+    written = _keep(
+        platform, DRIFT_REPORT, month, version, content, sources, report.current_users, now, against=against
+    )
     page = platform.settings.home / "reports" / str(month) / "drift.html"
     drift_html.evidently_report(reference, now_there, contract.features, page)
     images = {
@@ -303,8 +326,10 @@ def _keep(
     sources: Mapping[str, Source],
     rows: int,
     now: datetime,
+    *,
+    against: Iterable[MonthWrite] = (),
 ) -> MonthWrite:
-    """Add a report to those of its month, unless the newest says the same."""
+    """Add a report to those of its month, unless the newest says the same; ``against`` is what another month held."""
     document = msgspec.json.encode(msgspec.to_builtins(content), order="deterministic")
     written = MonthWrite(
         kind,
@@ -312,7 +337,7 @@ def _keep(
         max(source["revision"] for source in sources.values()),
         hashlib.sha256(document).hexdigest(),
         rows,
-        sources,
+        {**sources, **of_other_months(against)},
         now,
         {"version": version.version},
     )

@@ -38,7 +38,7 @@ from streamflow.registry import SCORER_PATH, Registry, RunRecord
 from streamflow.relations import CHURN_MODEL as CHURN_MODEL
 from streamflow.relations import REGISTERED_VERSION as REGISTERED_VERSION
 from streamflow.relations import TRAINING_DATASET as TRAINING_DATASET
-from streamflow.relations import considered, earlier_sources
+from streamflow.relations import considered, of_other_months
 from streamflow.settings import PROJECT_ROOT, Settings
 from streamflow.training_config import TrainingConfig
 from streamflow.warehouse import MonthWrite, month_write, month_writes, record
@@ -310,7 +310,7 @@ def train(
         source.revision,
         candidate.predictions_digest,
         source.rows,
-        {TRAINING_DATASET: source.as_source, **earlier_sources(others)},
+        {TRAINING_DATASET: source.as_source, **of_other_months(others)},
         now,
         {
             "run_id": run_id,

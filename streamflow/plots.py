@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from streamflow.decay import CHANCE, PerformanceReport
 from streamflow.drift import ALPHA, LARGE_PSI, MODERATE_PSI, MOST_LEVELS, NEGLIGIBLE_PSI, DriftReport, FeatureDrift
 from streamflow.evaluation import Bin, Capture, Interval, Segment, lift_curve
+from streamflow.scores import contacts
 from streamflow.scoring import decide
 
 Labels = NDArray[np.bool_]
@@ -34,6 +35,7 @@ _TITLE_SIZE, _SUBTITLE_SIZE, _LABEL_SIZE, _SMALL = 12.5, 9.2, 9.5, 8.5
 _TITLE_CHARACTERS, _SUBTITLE_CHARACTERS = 48, 76
 _COLOURS = 64
 _SCORE_BINS = 40
+_SCORES_PANEL, _SCORES_GAP, _SCORES_RIGHT = 1.75, 0.75, 0.4
 _DOTTED: Any = (0, (1, 1.5))
 _FIXED_POLICIES = ((_INK, _DOTTED), ("#009e73", "-"), ("#d99a00", "-"), (_CONTRAST, "-"))
 _BACKTEST_PANEL, _BACKTEST_GAP = 1.1, 0.42
@@ -261,6 +263,78 @@ def score_plot(labels: Labels, probabilities: Floats, threshold: float) -> bytes
         axes.set_ylabel("Share of class")
     panels[1].set_xlabel("Predicted probability of churn")
     return _png(figure)
+
+
+def contacts_plot(frame: pd.DataFrame, capacity: int | None, version: int) -> bytes:
+    """How a month's probabilities are distributed, and what contacting its customers adds up to, most valuable first.
+
+    ``frame``, not empty, is of `scores.ranked`, scored by ``version``; ``capacity`` is how many can be contacted, None
+    without a limit. Whom to contact comes first, then who is beyond the capacity, then who is not expected to churn or
+    not worth it.
+    """
+    chosen, worth_it = contacts(frame, capacity), contacts(frame, None)
+    churn, value = int(frame["decision"].sum()), float(chosen["expected_value"].sum())
+    beyond = "; dashed: beyond the capacity" if len(chosen) < len(worth_it) else ""
+    title = f"Contacting {len(chosen):,} customers is worth {amount(value)}" if len(chosen) else "Nobody to contact"
+    subtitle = (
+        f"{len(frame):,} customers, scored by version {version}. {churn:,} are expected to churn, {len(worth_it):,} of "
+        f"them worth contacting (blue{beyond}). Grey: the others."
+    )
+    figure, top = _figure(6.6, title, subtitle)
+    left = max(_LEFT, 0.42 + 0.07 * len(amount(frame["expected_value"].abs().sum())))
+    above = _axes(figure, top, bottom=top - _SCORES_PANEL, left=left, right=_SCORES_RIGHT)
+    below = _axes(figure, top - _SCORES_PANEL - _SCORES_GAP, left=left, right=_SCORES_RIGHT)
+    _by_probability(above, frame)
+    below.axhline(0, color=_MUTED, linewidth=1)
+    at, total = 0, 0.0
+    for part, look in (
+        (chosen, {"color": _ACCENT, "linewidth": 2.4}),
+        (worth_it.drop(chosen.index), {"color": _ACCENT, "linewidth": 1.6, "linestyle": _DASHED}),
+        (frame.drop(worth_it.index), {"color": _MUTED, "linewidth": 1.6}),
+    ):
+        sums = total + np.append(0.0, part["expected_value"].to_numpy(dtype=np.float64).cumsum())
+        below.plot(np.arange(at, at + len(sums)), sums, **look)
+        at, total = at + len(part), float(sums[-1])
+    reached = below.lines[1].get_xydata().T
+    below.fill_between(*reached, color=_ACCENT, alpha=0.1, linewidth=0)
+    if capacity is not None and capacity <= len(frame):
+        below.axvline(capacity, color=_CONTRAST, linewidth=1, alpha=0.5)
+        if not beyond:
+            _beside(below, f"capacity {capacity:,}", capacity, 0, up=16, within=len(frame))
+    below.plot(len(chosen), value, "o", color=_CONTRAST, markersize=8, markeredgecolor="white", zorder=5, clip_on=False)
+    if len(chosen):
+        note = f"{len(chosen):,} to contact{', the capacity' if beyond else ''}\nworth {amount(value)}"
+        _beside(below, note, len(chosen), value, up=-18, within=len(frame))
+    below.set_xlim(0, len(frame))
+    for axis in (below.xaxis, below.yaxis):
+        axis.set_major_formatter(lambda tick, _: amount(tick))
+    below.set_xlabel("Customers contacted, most valuable first")
+    below.set_ylabel("Expected value (currency of the fee)")
+    return _png(figure)
+
+
+def _beside(axes: Any, text: str, x: float, y: float, *, up: float, within: float) -> None:
+    """Text beside a point whose x is at most ``within``, on the side where there is room, so many points higher."""
+    right, align = (10, "left") if x < 0.6 * within else (-10, "right")
+    place = {"textcoords": "offset points", "ha": align, "va": "top"}
+    axes.annotate(text, (x, y), (right, up), color=_CONTRAST, fontsize=_SMALL, bbox=_BACKED, **place)
+
+
+def _by_probability(axes: Any, frame: pd.DataFrame) -> None:
+    """The shares of a month's customers by probability, those who are expected to churn in another colour."""
+    decided, threshold = frame["decision"].to_numpy(dtype=bool), float(frame["threshold"].iloc[0])
+    probabilities, edges = frame["probability"].to_numpy(dtype=np.float64), np.linspace(0, 1, _SCORE_BINS + 1)
+    stay, churn = (np.histogram(probabilities[part], edges)[0] / len(frame) for part in (~decided, decided))
+    axes.stairs(stay, edges, fill=True, color=_MUTED, alpha=0.7)
+    axes.stairs(stay + churn, edges, baseline=stay, fill=True, color=_CONTRAST, alpha=0.7)
+    axes.axvline(threshold, color=_INK, linewidth=1.4)
+    note = f"{percent(float(decided.mean()))} from the\nthreshold {threshold:.3g} on"
+    axes.text(0.99, 0.95, note, transform=axes.transAxes, ha="right", va="top", color=_CONTRAST, bbox=_BACKED)
+    axes.set(xlim=(0, 1), ylim=(0, max((stay + churn).max(), 0.01) * 1.1))
+    axes.locator_params(axis="y", nbins=5, steps=[1, 2, 5, 10])
+    axes.yaxis.set_major_formatter(lambda value, _: percent(value, 0))
+    axes.set_xlabel("Predicted probability of churn")
+    axes.set_ylabel("Share of customers")
 
 
 def segments_plot(segments: Sequence[Segment], auc: Interval) -> bytes:

@@ -3,9 +3,10 @@
 All of it is pure, and nothing heavy is imported: the service's page tells the state of months too.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any, Literal, TypedDict
 
 from streamflow.contract import CONTRACT, Contract
@@ -66,6 +67,10 @@ class MonthWrite:
         return {"revision": self.revision, "digest": self.digest}
 
 
+Months = Mapping[Month, Mapping[str, MonthWrite]]
+"""What every month holds, by month and relation."""
+
+
 def is_published(written: MonthWrite, online_store: str) -> bool:
     """Whether a view's month is in that online store (``postgres`` or ``redis``), and not in the one before it."""
     return bool(written.facts.get(ONLINE_STORE, POSTGRES) == online_store)
@@ -116,18 +121,22 @@ def considered(month: Month, earlier_months: int | None, datasets: Iterable[Mont
     return sorted(found, key=lambda one: one.month)
 
 
-def earlier_sources(others: Iterable[MonthWrite]) -> dict[str, Source]:
-    """How a model that was chosen with training datasets of earlier months in view names them."""
-    return {f"{TRAINING_DATASET} {one.month}": one.as_source for one in others}
+def of_other_months(writes: Iterable[MonthWrite]) -> dict[str, Source]:
+    """How what was made in view of other months, a model or a drift report, names what it took from them."""
+    return {f"{one.relation} {one.month}": one.as_source for one in writes}
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How far a month is; ``missing`` and ``stale`` are relations, upstream first."""
+    """How far a month is; ``missing`` and ``stale`` are relations, upstream first.
+
+    ``because_of`` has those of the stale that nothing in the month itself made so, with the months that did.
+    """
 
     state: State
     missing: tuple[str, ...]
     stale: tuple[str, ...]
+    because_of: Mapping[str, tuple[Month, ...]]
 
     @property
     def pending(self) -> tuple[str, ...]:
@@ -145,14 +154,14 @@ def standing(
     landed: Mapping[str, Source],
     written: Mapping[str, MonthWrite],
     contract: Contract = CONTRACT,
-    earlier: Sequence[MonthWrite] = (),
+    everywhere: Months = MappingProxyType({}),
     *,
     in_production: bool,
 ) -> Standing:
     """Hold the tables that have landed for a month against what was made of them, both by relation.
 
-    ``earlier`` has the training datasets of the months before it. ``in_production`` says whether there is a version to
-    score with. A model is missing only where its training was begun.
+    ``everywhere`` has what every month holds, from which is told what another month has made stale. ``in_production``
+    says whether there is a version to score with. A model is missing only where its training was begun.
     """
     graph = relations(contract)
     labelled = contract.label_table.name in landed
@@ -162,23 +171,27 @@ def standing(
         *(() if CHURN_MODEL in written else TRAINED),
     }
     missing = tuple(name for name in graph if name not in written and name not in not_wanted)
-    stale = tuple(_stale(landed, written, graph, earlier))
+    stale = _stale(landed, written, graph, everywhere)
     state: State = "complete" if labelled else "unlabelled"
     if stale:
         state = "stale"
     elif missing:
         state = "incomplete" if written else "landed"
-    return Standing(state, missing, stale)
+    because_of = {name: months for name, months in stale.items() if months}
+    return Standing(state, missing, tuple(stale), because_of)
 
 
 def _stale(
     landed: Mapping[str, Source],
     written: Mapping[str, MonthWrite],
     graph: Mapping[str, tuple[str, ...]],
-    earlier: Sequence[MonthWrite],
-) -> Iterable[str]:
-    """The relations that were made from content that is no longer in force, directly or further up."""
-    found: set[str] = set()
+    everywhere: Months,
+) -> dict[str, tuple[Month, ...]]:
+    """The relations that were made from content that is no longer in force, directly or further up.
+
+    With those that nothing in their own month made stale stand the months that did.
+    """
+    found: dict[str, tuple[Month, ...]] = {}
     for name, sources in graph.items():
         if name not in written:
             continue
@@ -188,12 +201,29 @@ def _stale(
             source in found or (source in written and write.sources.get(source) != written[source].as_source)
             for source in sources
         )
-        if replaced or outdated or (name == CHURN_MODEL and _considered_others(write, earlier)):
-            found.add(name)
-            yield name
+        if replaced or outdated:
+            found[name] = ()
+        elif others := _changed_elsewhere(write, graph, everywhere):
+            found[name] = others
+    return found
 
 
-def _considered_others(model: MonthWrite, earlier: Sequence[MonthWrite]) -> bool:
-    """Whether a model's window was chosen in view of other datasets of earlier months than it would be now."""
-    then = {name: source for name, source in model.sources.items() if name != TRAINING_DATASET}
-    return then != earlier_sources(considered(model.month, model.facts.get("earlier_months", 0), earlier))
+def _changed_elsewhere(
+    write: MonthWrite, graph: Mapping[str, tuple[str, ...]], everywhere: Months
+) -> tuple[Month, ...]:
+    """The other months that this was made in view of, or would be now, and of which it saw something else."""
+    then = {name: source for name, source in write.sources.items() if name not in graph}
+    if write.relation == CHURN_MODEL:
+        datasets = [written[TRAINING_DATASET] for written in everywhere.values() if TRAINING_DATASET in written]
+        others = considered(write.month, write.facts.get("earlier_months", 0), datasets)
+    else:
+        named = map(_named, then)
+        others = [everywhere[month][relation] for relation, month in named if relation in everywhere.get(month, {})]
+        then = {name: then[name] for name in of_other_months(others)}
+    now = of_other_months(others)
+    return tuple(sorted({_named(name)[1] for name in then.keys() | now.keys() if then.get(name) != now.get(name)}))
+
+
+def _named(source: str) -> tuple[str, Month]:
+    relation, _, month = source.rpartition(" ")
+    return relation, Month.parse(month)

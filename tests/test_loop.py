@@ -1,6 +1,7 @@
 """What is due next: months in order, models before newer months, failures that hold up nothing else."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -63,6 +64,22 @@ def test_a_newer_month_is_begun_when_the_older_gave_no_reason_to_train() -> None
     step = next_step([month(JANUARY), landed(FEBRUARY)], Decides())
     assert step is not None
     assert (step.month, step.cause) == (FEBRUARY, None)
+
+
+def test_a_newer_month_that_is_scored_already_keeps_its_version_and_waits_for_no_model() -> None:
+    decide = Decides({JANUARY: "corrected_data:2024-01"})
+    stale = replace(month(FEBRUARY, "stale", stale=("drift_report",)), scored=True)
+    step = next_step([month(JANUARY), stale], decide)
+    assert step is not None
+    assert (step.month, step.assets, step.cause) == (FEBRUARY, ("drift_report",), None)
+    assert decide.asked == []
+
+
+def test_what_is_due_for_another_month_says_for_which() -> None:
+    because_of = {"drift_report": ("2024-01",), "churn_model": ("2023-12",)}
+    stale = replace(month(MARCH, "stale", stale=("drift_report", "churn_model")), because_of=because_of)
+    reason = "2024-03 is stale, held against 2024-01 as it was before its correction"
+    assert next_step([stale], Decides()) == Step(MARCH, ("drift_report",), reason, because_of=(JANUARY,))
 
 
 def test_an_older_month_that_arrives_late_comes_before_a_decision_about_the_newer() -> None:

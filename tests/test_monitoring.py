@@ -17,6 +17,7 @@ from streamflow.months import Month
 from streamflow.pipeline import Platform
 from streamflow.settings import Settings
 from streamflow.simulate import Scenario, simulate
+from streamflow.warehouse import month_write
 
 JANUARY, FEBRUARY, MARCH, APRIL, MAY, JUNE = Month.parse_range("2024-01..2024-06")
 NOW = datetime(2024, 7, 3, tzinfo=UTC)
@@ -136,13 +137,25 @@ def test_a_month_with_a_tenth_of_the_customers_does_not_alarm(world: World) -> N
     for table in CONTRACT.tables:
         world.edit(FEBRUARY, table.name, lambda rows: rows[rows[USER_ID].isin(kept)])
     world.bring_in(FEBRUARY)
-    written = monitoring.score_month(world.platform, FEBRUARY, NOW)
-    assert written is not None
-    assert written.rows == USERS // 10
+    scoring = monitoring.score_month(world.platform, FEBRUARY, NOW)
+    assert scoring is not None
+    assert scoring.write.rows == USERS // 10
     report = monitoring.report_drift(world.platform, FEBRUARY, NOW).content.report
     assert (report.current_users, report.significant) == (USERS // 10, ())
     performance = monitoring.report_performance(world.platform, FEBRUARY, NOW).report
     assert not performance.decayed
+
+
+def test_a_drift_report_names_what_the_month_that_it_is_held_against_held(world: World) -> None:
+    written = monitoring.report_drift(world.platform, FEBRUARY, NOW).write
+    with world.platform.database.connect() as connection:
+        january = {
+            table.snapshot: month_write(connection, str(table.snapshot), JANUARY) for table in CONTRACT.snapshots
+        }
+    own = {"churn_scores", *january}
+    assert set(written.sources) == own | {f"{snapshot} 2024-01" for snapshot in january}
+    assert all(written.sources[f"{name} 2024-01"] == write.as_source for name, write in january.items())
+    assert set(monitoring.report_drift(world.platform, JANUARY, NOW).write.sources) == own
 
 
 def test_a_feature_that_turned_constant_is_found(world: World) -> None:
@@ -158,8 +171,9 @@ def test_features_that_are_missing_leave_customers_unscored_and_are_found(world:
     """Of nine in ten customers there is no usage, and nobody takes another value for theirs."""
     world.edit(APRIL, "usage_agg_30d", lambda rows: rows[: USERS // 10])
     world.bring_in(APRIL)
-    written = monitoring.score_month(world.platform, APRIL, NOW)
-    assert written is not None
+    scoring = monitoring.score_month(world.platform, APRIL, NOW)
+    assert scoring is not None
+    written = scoring.write
     assert (written.rows, written.facts["unscored"]["customers"]) == (USERS // 10, USERS - USERS // 10)
     assert len(written.facts["unscored"]["such_as"]) == 10
     report = monitoring.report_drift(world.platform, APRIL, NOW).content.report
@@ -179,9 +193,9 @@ def test_labels_of_customers_that_do_not_exist_are_refused_when_they_land(world:
 def test_a_month_without_labels_is_scored_and_cannot_be_judged(world: World) -> None:
     (world.months / str(JUNE) / "labels.csv").unlink()
     world.bring_in(JUNE)
-    written = monitoring.score_month(world.platform, JUNE, NOW)
-    assert written is not None
-    assert written.facts["version"] == 1
+    scoring = monitoring.score_month(world.platform, JUNE, NOW)
+    assert scoring is not None
+    assert scoring.write.facts["version"] == 1
     monitoring.report_drift(world.platform, JUNE, NOW)
     with pytest.raises(UnknownMonth, match="training_dataset holds nothing for 2024-06"):
         monitoring.report_performance(world.platform, JUNE, NOW)

@@ -18,6 +18,7 @@ from streamflow.plots import (
     amount,
     backtest_plot,
     confusion_plot,
+    contacts_plot,
     drift_plot,
     drifted_features_plot,
     importance_plot,
@@ -33,6 +34,8 @@ from streamflow.plots import (
     value_plot,
     with_interval,
 )
+from streamflow.scores import ranked
+from streamflow.training_config import Value
 
 USERS = 400
 SEEDED = np.random.default_rng(0)
@@ -82,6 +85,21 @@ REFERENCE = pd.DataFrame(
 CURRENT = REFERENCE[:300].assign(hours=REFERENCE["hours"].mask(REFERENCE["hours"] > 30) - 1, plan="basic")
 
 
+WORTH = Value(contact_cost=20.0, retained_share=0.2, months_retained=6.0)
+"""Of a contact: 1.2 times probability times fee, minus 20."""
+
+
+def scored(probabilities, fees, threshold=0.3):
+    users = pd.Series([f"user {number}" for number in range(len(probabilities))])
+    return ranked(users, np.array(probabilities), np.array(fees, dtype=float), threshold, WORTH)
+
+
+SCORED = scored(PROBABILITIES, SEEDED.uniform(20, 120, USERS))
+MANY = scored(np.linspace(0, 1, 1_000_000), np.full(1_000_000, 90))
+FEW = scored([0.9, 0.5, 0.4, 0.31, 0.29, 0.1], [100, 100, 100, 10, 100, 100])
+"""Contacting the first three is worth 88, 40 and 28; the fourth churns and is not worth it, the fifth is and stays."""
+
+
 def drift_between(reference, current):
     return compare(
         reference, current, DRIFT_COLUMNS, reference_scores=PROBABILITIES, current_scores=PROBABILITIES[::-1]
@@ -98,6 +116,9 @@ def every_plot(labels=LABELS, probabilities=PROBABILITIES, threshold=0.3):
         "lift": lambda: lift_plot(labels, probabilities, CAPTURE),
         "importances": lambda: importance_plot(IMPORTANCES, len(labels)),
         "scores": lambda: score_plot(labels, probabilities, threshold),
+        "contacts": lambda: contacts_plot(SCORED, None, 3),
+        "contacts within capacity": lambda: contacts_plot(SCORED, 40, 3),
+        "contacts of a million": lambda: contacts_plot(MANY, 50_000, 3),
         "segments": lambda: segments_plot(SEGMENTS, AUC),
         "backtest": lambda: backtest_plot(BACKTEST, "10 worlds"),
         "performance": lambda: performance_plot(HISTORY),
@@ -269,6 +290,76 @@ def test_scores_are_split_by_class(figure_of):
     assert texts(figure)[0] == "Median score: churned 0.40, stayed 0.10"
     assert {"2 churned\n50.0 % from 0.3 on", "3 stayed\n33.3 % from 0.3 on"} <= set(texts(figure))
     assert [axes.lines[0].get_xdata()[0] for axes in figure.axes] == [0.3, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("capacity", "title", "blue", "note"),
+    [
+        (None, "Contacting 3 customers is worth 156", "(blue)", "3 to contact\nworth 156"),
+        (3, "Contacting 3 customers is worth 156", "(blue)", "3 to contact\nworth 156"),
+        (
+            2,
+            "Contacting 2 customers is worth 128",
+            "(blue; dashed: beyond the capacity)",
+            "2 to contact, the capacity\nworth 128",
+        ),
+    ],
+)
+def test_contacts_add_up_in_order_with_the_capacity_marked(capacity, title, blue, note, figure_of):
+    figure = figure_of(lambda: contacts_plot(FEW, capacity, 7))
+    assert texts(figure)[0] == title
+    first = "6 customers, scored by version 7. 4 are expected to churn, 3 of them worth contacting"
+    assert f"{first} {blue}. Grey: the others." in said(figure)
+    assert note in texts(figure)
+    contacted = 3 if capacity is None else capacity
+    value = [0, 88, 128, 156, 170.8, 162.8, 146.52]
+    below = figure.axes[1]
+    zero, chosen, beyond, rest, *marks = below.lines
+    assert zero.get_ydata() == [0, 0]
+    assert chosen.get_xydata() == pytest.approx(np.column_stack([range(contacted + 1), value[: contacted + 1]]))
+    assert beyond.get_xydata() == pytest.approx(np.column_stack([range(contacted, 4), value[contacted:4]]))
+    assert rest.get_xydata() == pytest.approx(np.column_stack([range(3, 7), value[3:]]))
+    assert marks[-1].get_xydata().tolist() == [[contacted, pytest.approx(value[contacted])]]
+    assert [line.get_xdata() for line in marks[:-1]] == ([[capacity, capacity]] if capacity else [])
+    assert below.get_xlim() == (0, 6)
+
+
+def test_a_capacity_that_binds_nobody_is_named_apart(figure_of):
+    assert "capacity 5" in texts(figure_of(lambda: contacts_plot(FEW, 5, 7)))
+    assert not [text for text in texts(figure_of(lambda: contacts_plot(FEW, 7, 7))) if "capacity" in text]
+
+
+@pytest.mark.parametrize("frame", [SCORED, MANY], ids=["hundreds", "a million"])
+def test_amounts_of_contacts_have_room_beside_their_axis(frame, figure_of):
+    for axes in figure_of(lambda: contacts_plot(frame, 40, 3)).axes:
+        low, high = axes.get_ylim()
+        shown = [tick.label1 for tick in axes.yaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+        assert min(label.get_window_extent().x0 for label in shown) > axes.yaxis.label.get_window_extent().x1
+
+
+def test_contacts_show_who_reaches_the_threshold(figure_of):
+    above = figure_of(lambda: contacts_plot(FEW, None, 7)).axes[0]
+    stay, churn = (patch.get_data() for patch in above.patches)
+    assert np.flatnonzero(stay.values).tolist() == [4, 11]
+    assert stay.values[[4, 11]] == pytest.approx([1 / 6, 1 / 6])
+    apart = churn.values - churn.baseline
+    assert np.flatnonzero(apart).tolist() == [12, 16, 20, 36]
+    assert apart.sum() == pytest.approx(4 / 6)
+    assert above.lines[0].get_xdata()[0] == 0.3
+    assert above.texts[0].get_text().replace("\N{NO-BREAK SPACE}", " ") == "66.7 % from the\nthreshold 0.3 on"
+
+
+@pytest.mark.parametrize(
+    ("frame", "title"),
+    [
+        (scored([0.1], [100]), "Nobody to contact"),
+        (scored([0.9, 0.8], [1, 1]), "Nobody to contact"),
+        (scored([1.0, 1.0], [100, 100]), "Contacting 2 customers is worth 200"),
+    ],
+    ids=["nobody reaches the threshold", "nobody is worth it", "everybody"],
+)
+def test_odd_months_are_drawn_too(frame, title, figure_of):
+    assert texts(figure_of(lambda: contacts_plot(frame, 1_000, 1)))[0] == title
 
 
 def test_segments_name_the_worst_and_say_where_there_is_no_auc(figure_of):

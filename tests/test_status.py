@@ -12,6 +12,7 @@ from streamflow.contract import CONTRACT
 from streamflow.landing import MonthManifest, Revision
 from streamflow.months import Month
 from streamflow.promotion import Action, Entry, Version
+from streamflow.relations import Months, of_other_months
 from streamflow.settings import Settings
 from streamflow.status import MEANINGS, month_status, production_status, relations
 from streamflow.warehouse import MonthWrite
@@ -126,6 +127,7 @@ def test_states(landed: MonthManifest, written: dict[str, MonthWrite], state: st
     assert status.stale == ()
     assert bool(status.pending) == (state in ("landed", "incomplete"))
     assert (status.month, status.revision, status.rows) == ("2024-01", 1, 100)
+    assert status.scored == ("churn_scores" in written)
     assert state in MEANINGS
 
 
@@ -199,9 +201,51 @@ def test_a_model_is_stale_when_its_window_would_be_chosen_among_other_months(
     written = {**COMPLETE, "churn_model": model}
     version = written["registered_model_version"]
     written["registered_model_version"] = replace(version, sources={"churn_model": model.as_source})
-    earlier = [dataset_of(JANUARY.shift(-ago), digest) for ago, digest in now.items()]
-    found = month_status(manifest(), written, earlier=earlier, in_production=True)
+    everywhere = {JANUARY.shift(-ago): {"training_dataset": dataset_of(JANUARY.shift(-ago), now[ago])} for ago in now}
+    found = month_status(manifest(), written, everywhere=everywhere, in_production=True)
     assert found.stale == (("churn_model", "registered_model_version") if stale else ())
+    assert found.because_of == ({"churn_model": (str(JANUARY.shift(-2)),)} if stale else {})
+
+
+REFERENCE = JANUARY.shift(-4)
+
+
+def held_against(digest: str) -> dict[str, MonthWrite]:
+    """A complete month whose drift report was held against such content of the reference."""
+    against = of_other_months([snapshot_of(REFERENCE, digest)])
+    report = replace(COMPLETE["drift_report"], sources={**COMPLETE["drift_report"].sources, **against})
+    return {**COMPLETE, "drift_report": report}
+
+
+def snapshot_of(month: Month, digest: str) -> MonthWrite:
+    return MonthWrite("usage_agg_30d_snapshots", month, 1, digest, 9, {}, NOW)
+
+
+@pytest.mark.parametrize(
+    ("everywhere", "stale"),
+    [
+        ({REFERENCE: {"usage_agg_30d_snapshots": snapshot_of(REFERENCE, "a")}}, False),
+        ({REFERENCE: {"usage_agg_30d_snapshots": snapshot_of(REFERENCE, "b")}}, True),
+        # Of another month, of another relation, and of a reference that is no longer there.
+        ({REFERENCE.shift(1): {"usage_agg_30d_snapshots": snapshot_of(REFERENCE.shift(1), "b")}}, False),
+        ({REFERENCE: {"labels": replace(snapshot_of(REFERENCE, "b"), relation="labels")}}, False),
+        ({}, False),
+    ],
+)
+def test_a_drift_report_is_stale_when_the_month_that_it_was_held_against_is_another(
+    everywhere: Months, stale: bool
+) -> None:
+    found = month_status(manifest(), held_against("a"), everywhere=everywhere, in_production=True)
+    assert found.stale == found.pending == (("drift_report",) if stale else ())
+    assert found.because_of == ({"drift_report": (str(REFERENCE),)} if stale else {})
+    assert found.state == ("stale" if stale else "complete")
+
+
+def test_what_its_own_month_made_stale_is_not_laid_to_another() -> None:
+    everywhere = {REFERENCE: {"usage_agg_30d_snapshots": snapshot_of(REFERENCE, "b")}}
+    found = month_status(manifest("users"), held_against("a"), everywhere=everywhere, in_production=True)
+    assert "drift_report" in found.stale
+    assert found.because_of == {}
 
 
 def test_stale_is_said_before_incomplete() -> None:

@@ -50,8 +50,9 @@ BUSY = "`streamflow run` is at work; it does what is due itself"
     default_status=BY_ITSELF,
     description="Notices months that have landed or were corrected, by the digests of their files, and requests one "
     "run for each, older months first: a new month whole, of a corrected one the tables that changed. What else a "
-    "correction makes stale, the sensor corrections has made again. A month waits for the retraining that an older one "
-    "gave reason to.",
+    "correction makes stale in its month, the sensor corrections has made again; drift reports of other months that "
+    "were held against it are requested here, as no partition mapping can name them. A month waits for the retraining "
+    "that an older one gave reason to.",
 )
 def landed_months(context: SensorEvaluationContext, core: PlatformResource) -> RunRequest | SkipReason:
     """Request the next month's run."""
@@ -119,20 +120,29 @@ def _due(instance: DagsterInstance, platform: Platform) -> tuple[loop.Step | Non
 
 
 def _run_key(platform: Platform, step: loop.Step) -> str:
-    """Names what has landed of the month, and whether all is to be made of it or only what waited for Production."""
-    current = platform.landing.manifest(step.month).current
-    landed = ",".join(f"{name}@{current[name].sha256}" for name in sorted(current))
+    """Names what has landed of the month, and whether all is to be made of it or only what waited for Production.
+
+    What is due because of other months is named by what has landed of those too. Revisions count, not only contents: a
+    correction may be taken back.
+    """
+    manifests = [platform.landing.manifest(month).current for month in (step.month, *step.because_of)]
+    landed = ",".join(
+        f"{name}@{one.revision}:{one.sha256}" for current in manifests for name, one in sorted(current.items())
+    )
     what = "scores" if set(step.assets) <= set(WATCHED) else "month"
     return f"{what} {step.month}:{hashlib.sha256(landed.encode()).hexdigest()[:16]}"
 
 
 def _requested(platform: Platform, step: loop.Step) -> Collection[str]:
-    """The assets of a step to ask for: all, or those that no automation condition sees."""
+    """The assets of a step to ask for: all, or those that no automation condition sees.
+
+    Which month a drift report is held against, the ledger says; Dagster's partition mappings know fixed offsets only.
+    """
     if AUTOMATION != "on":
         return step.assets
     status = next(one for one in month_statuses(platform) if one.month == str(step.month))
     tables = {table.name for table in CONTRACT.tables}
-    return [name for name in step.assets if name in status.missing or name in tables]
+    return [name for name in step.assets if name in (*status.missing, *status.because_of) or name in tables]
 
 
 def _active(instance: DagsterInstance, month: Month) -> str | None:

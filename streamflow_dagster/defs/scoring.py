@@ -11,7 +11,7 @@ from streamflow.contract import CONTRACT
 from streamflow_dagster.defs.conditions import WHEN_REMADE
 from streamflow_dagster.defs.partitions import MONTHLY
 from streamflow_dagster.defs.resources import PlatformResource
-from streamflow_dagster.defs.results import OWNERS, materialized, month_of
+from streamflow_dagster.defs.results import OWNERS, materialized, month_of, shown
 
 
 class ScoringChoice(Config):
@@ -38,14 +38,14 @@ def churn_scores(
 ) -> Iterator[MaterializeResult]:
     """Every customer of the month with probability, decision and what contacting them is worth; whom to contact."""
     started, month = perf_counter(), month_of(context)
-    written = monitoring.score_month(core.platform, month, core.now(), version=config.version)
-    if written is None:
+    scoring = monitoring.score_month(core.platform, month, core.now(), version=config.version)
+    if scoring is None:
         context.log.warning("nothing is in Production, so nobody is scored; `streamflow models` lists the candidates")
         return
     folder = monitoring.scores_folder(core.platform.settings) / str(month)
-    facts = written.facts
+    facts = scoring.write.facts
     yield materialized(
-        written,
+        scoring.write,
         started,
         more={
             "version": facts["version"],
@@ -54,6 +54,7 @@ def churn_scores(
             "expected to churn": facts["acted"],
             "to contact": facts[scores.CONTACTS],
             "expected value of contacting them": facts["expected_value"],
+            **({"scores": shown(scoring.image, "Scores")} if scoring.write.rows else {}),
             "whom to contact": MetadataValue.path(folder / f"{scores.CONTACTS}.csv"),
             "all scores": MetadataValue.path(folder / f"{scores.CHURN_SCORES}.parquet"),
         },

@@ -100,6 +100,24 @@ class Daemon:
             pass
         return self.runs[begun:]
 
+    def follow(self, state) -> set[tuple[str, str]]:
+        """Make what the automation conditions ask for since ``state``, until they ask for nothing more."""
+        made: set[tuple[str, str]] = set()
+        while True:
+            state = evaluate_automation_conditions(defs, self.instance, cursor=state.cursor)
+            requested = {
+                (partition, name)
+                for name in DATA | REPORTED | MODEL
+                for partition in (state.get_requested_partitions(AssetKey(name)) or ())
+            }
+            if not requested:
+                return made
+            made |= requested
+            for month in {partition for partition, _ in requested}:
+                names = [name for partition, name in requested if partition == month]
+                done = runner.run_assets(self.instance, Month.parse(month), names, progress=lambda _: None)
+                assert done.succeeded
+
     def _tick(self, sensor) -> bool:
         request = self.evaluate(sensor)
         if isinstance(request, SkipReason) or request.run_key in self.keys:
@@ -132,6 +150,15 @@ def land(platform, month, *tables):
     return LandingZone(platform.settings.home).land(folder, month, NOW)
 
 
+def correct(platform, month, *, by=1):
+    """Land the month again with one failed payment more, which takes the place of the one before."""
+    file = platform.settings.home / "data" / str(month) / "payments_agg_90d.csv"
+    header, *rows = file.read_text().splitlines()
+    user, failed = rows[0].split(",")
+    file.write_text("\n".join([header, f"{user},{int(failed) + by}", *rows[1:]]) + "\n")
+    assert land(platform, month).changed
+
+
 MODEL = {"churn_model", "registered_model_version"}
 REPORTED = {"churn_scores", "drift_report", "performance_report"}
 DATA = {spec.key.to_user_string() for spec in defs.resolve_all_asset_specs()} - MODEL - REPORTED
@@ -157,6 +184,22 @@ def test_months_that_arrive_together_are_done_in_order_each_thing_once(two_month
 
 def test_the_second_month_is_scored_by_what_the_first_put_into_production(platform, two_months):
     assert [scores.load(platform.database, month).version for month in (JANUARY, FEBRUARY)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("asset", "plots"),
+    [
+        ("churn_scores", ["Scores"]),
+        ("drift_report", ["Drift", "Features that drift"]),
+        ("performance_report", ["Performance"]),
+        ("churn_model", ["ROC curve", "Reliability", "Segments"]),
+    ],
+)
+def test_each_asset_has_the_plots_that_matter_in_its_page(asset, plots, dagster, two_months):
+    event = dagster.get_latest_materialization_event(AssetKey(asset)).asset_materialization
+    values = [str(value.value) for value in event.metadata.values()]
+    found = [value for value in values if "data:image/png;base64,iVBOR" in value]
+    assert [value[2 : value.index("]")] for value in found] == plots
 
 
 def test_decay_is_noticed_and_the_model_of_the_new_concept_goes_to_production(platform, two_months):
@@ -253,11 +296,7 @@ def test_a_corrected_table_is_brought_in_alone_and_the_conditions_make_what_depe
     platform, daemon, dagster, two_months
 ):
     state = evaluate_automation_conditions(defs, dagster)
-    file = platform.settings.home / "data" / str(MARCH) / "payments_agg_90d.csv"
-    header, *rows = file.read_text().splitlines()
-    user, failed = rows[0].split(",")
-    file.write_text("\n".join([header, f"{user},{int(failed) + 1}", *rows[1:]]) + "\n")
-    land(platform, MARCH)
+    correct(platform, MARCH)
 
     assert daemon.work() == [("2024-03", {"payments_agg_90d"})]
     (march,) = (one for one in month_statuses(platform) if one.month == "2024-03")
@@ -266,27 +305,50 @@ def test_a_corrected_table_is_brought_in_alone_and_the_conditions_make_what_depe
     assert "the sensor corrections, unless stopped, has" in daemon.evaluate(automation.landed_months).skip_message
 
     old = {one.month: one.digest for one in monitoring.reports(platform.database, "drift_report").values()}
-    made: set[str] = set()
-    while True:
-        state = evaluate_automation_conditions(defs, dagster, cursor=state.cursor)
-        requested = {
-            (key.to_user_string(), partition)
-            for key in (AssetKey(name) for name in DATA | REPORTED | MODEL)
-            for partition in (state.get_requested_partitions(key) or ())
-        }
-        if not requested:
-            break
-        assert {partition for _, partition in requested} == {"2024-03"}
-        names = [name for name, _ in requested]
-        made |= set(names)
-        assert runner.run_assets(dagster, MARCH, names, progress=lambda _: None).succeeded
-    assert made == depends
+    assert daemon.follow(state) == {("2024-03", name) for name in depends}
     assert {one.month: one.state for one in month_statuses(platform)} == dict.fromkeys(
         ("2024-01", "2024-02", "2024-03"), "complete"
     )
     now = {one.month: one.digest for one in monitoring.reports(platform.database, "drift_report").values()}
     assert {month for month in now if now[month] != old[month]} == {MARCH}
     assert scores.load(platform.database, MARCH).version == 2
+
+
+def test_a_correction_that_is_taken_back_is_brought_in_too(platform, daemon, dagster, two_months):
+    """What has landed is then what had landed before the correction, and that was asked for once."""
+    state = evaluate_automation_conditions(defs, dagster)
+    correct(platform, MARCH, by=-1)
+    assert daemon.work() == [("2024-03", {"payments_agg_90d"})]
+    assert {month for month, _ in daemon.follow(state)} == {"2024-03"}
+    assert {one.month: one.state for one in month_statuses(platform)}["2024-03"] == "complete"
+
+
+def test_a_drift_report_of_another_month_that_was_held_against_a_corrected_one_is_made_again(
+    platform, daemon, dagster, two_months
+):
+    """February was scored by what learned from January, March by what learned from February."""
+    state = evaluate_automation_conditions(defs, dagster)
+    for _ in ("corrected", "corrected again"):
+        correct(platform, JANUARY)
+        assert daemon.work() == [("2024-01", {"payments_agg_90d"})]
+        assert {month for month, _ in daemon.follow(state)} == {"2024-01"}
+        stale = {one.month: one.stale for one in month_statuses(platform)}
+        models = ("churn_model", "registered_model_version")
+        assert stale == {"2024-01": models, "2024-02": ("drift_report", *models), "2024-03": ()}
+
+        request = daemon.evaluate(automation.landed_months)
+        assert request.tags["streamflow/reason"] == (
+            "2024-02 is stale, held against 2024-01 as it was before its correction"
+        )
+        before = drift_of(platform, FEBRUARY)
+        assert daemon.work() == [("2024-02", {"drift_report"})]
+        assert drift_of(platform, FEBRUARY) != before
+        state = evaluate_automation_conditions(defs, dagster)
+        assert {one.month: one.stale for one in month_statuses(platform)}["2024-02"] == models
+
+
+def drift_of(platform, month):
+    return monitoring.reports(platform.database, "drift_report")[month].digest
 
 
 def test_a_month_that_fails_waits_for_a_person_and_holds_up_no_other(platform, daemon, two_months):

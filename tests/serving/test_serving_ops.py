@@ -23,7 +23,7 @@ from serving import ops_html, ops_page
 from serving.ops_page import OpsPage, Served
 from streamflow import decay, drift, loop, monitoring, promotion, relations, scoring, warehouse
 from streamflow.api_keys import make_key
-from streamflow.contract import Column
+from streamflow.contract import CONTRACT, Column
 from streamflow.database import Database
 from streamflow.errors import TrainingRefused
 from streamflow.gates import absolute_gates
@@ -107,6 +107,15 @@ class Story:
         with self.database.connect() as connection:
             before = warehouse.month_write(connection, table, month)
             warehouse.record(connection, replace(before, revision=2, digest="corrected"))
+
+    def hold_against(self, month: Month, reference: Month) -> None:
+        """Let the month's drift report have been made in view of another month."""
+        with self.database.connect() as connection:
+            report = warehouse.month_write(connection, "drift_report", month)
+            snapshots = [str(table.snapshot) for table in CONTRACT.snapshots]
+            against = [warehouse.month_write(connection, name, reference) for name in snapshots]
+            sources = {**report.sources, **relations.of_other_months(against)}
+            warehouse.record(connection, replace(report, sources=sources))
 
     def performance(self, month: Month, version: Version, *, good: bool) -> decay.PerformanceReport:
         rng = np.random.default_rng(month.number)
@@ -501,6 +510,21 @@ def test_a_month_that_is_not_done_is_told_with_what_lacks(
     ]
 
 
+def test_a_drift_report_is_stale_when_a_month_older_than_those_shown_was_corrected(
+    story: Story, artifacts: tuple[bytes, bytes], page_of: Callable[..., Page]
+) -> None:
+    story.decide("promote", story.register(1, artifacts[0]))
+    months = list(JANUARY.until(JANUARY.shift(ops_page.SHOWN_MONTHS)))
+    for month in months:
+        story.month(month)
+    story.hold_against(months[-1], JANUARY)
+    assert page_of().attention == []
+    story.correct(JANUARY, "usage_agg_30d_snapshots")
+    page = page_of()
+    assert page.rows("months")[0][0] == f"{months[-1]} stale stale: drift_report"
+    assert page.attention == [f"{months[-1]} is stale: drift_report."]
+
+
 def test_a_retraining_without_a_version_needs_a_look(
     story: Story, artifacts: tuple[bytes, bytes], page_of: Callable[..., Page]
 ) -> None:
@@ -792,7 +816,7 @@ def _page(*months: ops_page.MonthView, **changes: Any) -> OpsPage:
 
 
 def _month(performance: ops_page.Performance) -> ops_page.MonthView:
-    done = relations.Standing("complete", (), ())
+    done = relations.Standing("complete", (), (), {})
     return ops_page.MonthView(performance.month, done, 100, 1, 10, 5.0, None, performance, None)
 
 
