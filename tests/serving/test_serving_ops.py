@@ -20,6 +20,7 @@ from governed import DECAY, POLICY, evidence
 from serving_world import KNOWN, NOW, Platform, accept_connections, eventually, problem, running
 
 from serving import ops_html, ops_page
+from serving.months import NEWEST
 from serving.ops_page import OpsPage, Served
 from streamflow import decay, drift, loop, monitoring, promotion, relations, scoring, warehouse
 from streamflow.api_keys import make_key
@@ -514,7 +515,7 @@ def test_a_drift_report_is_stale_when_a_month_older_than_those_shown_was_correct
     story: Story, artifacts: tuple[bytes, bytes], page_of: Callable[..., Page]
 ) -> None:
     story.decide("promote", story.register(1, artifacts[0]))
-    months = list(JANUARY.until(JANUARY.shift(ops_page.SHOWN_MONTHS)))
+    months = list(JANUARY.until(JANUARY.shift(NEWEST)))
     for month in months:
         story.month(month)
     story.hold_against(months[-1], JANUARY)
