@@ -65,14 +65,15 @@ def landed_months(context: SensorEvaluationContext, core: PlatformResource) -> R
     with loop.at_work(platform.database) as ours:
         if not ours:
             return SkipReason(BUSY)
+        active = _active(context.instance)
         step, left_out = _due(context.instance, platform, core.now())
         said = f"; {', '.join(map(str, left_out))} failed and waits for a person" if left_out else ""
         if step is None:
             return SkipReason(f"every landed month is done{said}")
         if step.cause is not None:
             return SkipReason(f"the sensor retraining goes first: {step.month}, {step.reason}{said}")
-        if active := _active(context.instance, step.month):
-            return SkipReason(f"{step.month} is being worked on by run {active}{said}")
+        if step.month in active:
+            return SkipReason(f"{step.month} is being worked on by run {active[step.month]}{said}")
         request = _request(platform, step, core.now())
         if not request.assets:
             stale = ", ".join(step.assets)
@@ -98,14 +99,15 @@ def retraining(context: SensorEvaluationContext, core: PlatformResource) -> RunR
     with loop.at_work(platform.database) as ours:
         if not ours:
             return SkipReason(BUSY)
+        active = _active(context.instance)
         decision = loop.decision(platform, loop.newest_labelled(month_statuses(platform)))
         for alarm in decision.alarms:
             context.log.warning(alarm)
         step, _ = _due(context.instance, platform, core.now())
         if step is None or step.cause is None:
             return SkipReason(decision.reason)
-        if active := _active(context.instance, step.month):
-            return SkipReason(f"{step.month} is being worked on by run {active}")
+        if step.month in active:
+            return SkipReason(f"{step.month} is being worked on by run {active[step.month]}")
         return RunRequest(
             run_key=f"{step.cause}, attempt {loop.attempt(platform.database, step.cause)}",
             partition_key=str(step.month),
@@ -163,10 +165,13 @@ def _key(platform: Platform, what: str, step: loop.Step) -> str:
     return f"{what} {step.month}:{hashlib.sha256(landed.encode()).hexdigest()[:16]}"
 
 
-def _active(instance: DagsterInstance, month: Month) -> str | None:
-    """A run that is at work on the month, if any is."""
-    runs = instance.get_runs(RunsFilter(tags={PARTITION: str(month)}, statuses=ACTIVE), limit=1)
-    return runs[0].run_id if runs else None
+def _active(instance: DagsterInstance) -> dict[Month, str]:
+    """The months that are being worked on, each with a run.
+
+    To be asked before what is due: a run that ends in between would be neither at work nor seen to have done it.
+    """
+    runs = instance.get_runs(RunsFilter(statuses=ACTIVE))
+    return {Month.parse(run.tags[PARTITION]): run.run_id for run in runs if PARTITION in run.tags}
 
 
 def _in_vain(instance: DagsterInstance, request: _Request) -> bool:

@@ -242,6 +242,20 @@ def test_nothing_is_requested_while_the_command_line_is_at_work(platform, daemon
             assert daemon.evaluate(sensor).skip_message == automation.BUSY
 
 
+def test_a_run_that_ends_while_a_sensor_looks_is_not_asked_for_again(daemon, dagster, two_months, monkeypatch):
+    tags = {automation.PARTITION: str(FEBRUARY)}
+    run = DagsterRun("training", status=DagsterRunStatus.STARTED, tags=tags)
+    dagster.add_run(run)
+
+    def due(*_):
+        dagster.report_run_canceled(run)
+        return loop.Step(FEBRUARY, tuple(MODEL), "as it was before the run ended", "a cause")
+
+    monkeypatch.setattr(loop, "due", due)
+    said = f"2024-02 is being worked on by run {run.run_id}"
+    assert daemon.evaluate(automation.retraining).skip_message == said
+
+
 def causes(platform):
     over = loop.retrainings(platform.database, platform.ledger.entries(), platform.ledger.versions())
     return [one.cause for one in over]
