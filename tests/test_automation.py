@@ -11,11 +11,21 @@ from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
-from dagster import DefaultSensorStatus, SensorDefinition, SkipReason, build_sensor_context
+from dagster import (
+    AssetKey,
+    AssetMaterialization,
+    DagsterInstance,
+    DefaultSensorStatus,
+    SensorDefinition,
+    SkipReason,
+    build_sensor_context,
+    evaluate_automation_conditions,
+)
 
 from streamflow import pipeline
 from streamflow.errors import RegistryUnavailable, WarehouseUnavailable
 from streamflow.promotion import Entry
+from streamflow.status import TRAINED, WATCHED, relations
 from streamflow_dagster.definitions import build_definitions
 from streamflow_dagster.defs.resources import PlatformResource
 
@@ -122,3 +132,46 @@ def test_automation_can_be_off():
     told = {**os.environ, "STREAMFLOW_AUTOMATION": "off"}
     done = subprocess.run([sys.executable, "-c", code], env=told, capture_output=True, text=True, check=True)
     assert done.stdout == "['registry_stages']\n"
+
+
+class Conditions:
+    """What the automation conditions ask for of a month, as what is made of it goes by."""
+
+    def __init__(self):
+        self.definitions = build_definitions()
+        self.instance = DagsterInstance.ephemeral()
+        self.state = evaluate_automation_conditions(self.definitions, self.instance)
+
+    def asked_for(self, *made):
+        for name in made:
+            self.instance.report_runless_asset_event(AssetMaterialization(name, partition="2024-01"))
+        self.state = evaluate_automation_conditions(self.definitions, self.instance, cursor=self.state.cursor)
+        return {name for name in relations() if self.state.get_requested_partitions(AssetKey(name))}
+
+
+DATA = [name for name in relations() if name not in (*TRAINED, *WATCHED)]
+
+
+def test_a_correction_has_made_again_what_there_is_of_it_and_nothing_for_the_first_time():
+    """What is missing of a month, such as the scores while nothing is in Production, is the landing sensor's to ask."""
+    conditions = Conditions()
+    assert conditions.asked_for(*DATA) == set()
+    assert conditions.asked_for("payments_agg_90d") == {
+        "payments_agg_90d_snapshots",
+        "payments_agg_90d_fv",
+        "training_dataset",
+    }
+
+
+def test_what_was_made_again_is_followed_by_what_is_made_from_it_and_by_no_model():
+    conditions = Conditions()
+    assert conditions.asked_for(*relations()) == set()
+    assert conditions.asked_for("labels") == {"training_dataset", "performance_report"}
+
+
+def test_conditions_whose_cursor_was_lost_ask_for_nothing():
+    conditions = Conditions()
+    conditions.asked_for(*relations())
+    conditions.state = evaluate_automation_conditions(conditions.definitions, conditions.instance)
+    assert conditions.state.total_requested == 0
+    assert conditions.asked_for() == set()

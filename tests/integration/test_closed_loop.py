@@ -10,6 +10,8 @@ import pytest
 from dagster import (
     AssetKey,
     DagsterInstance,
+    DagsterRun,
+    DagsterRunStatus,
     RunRequest,
     SkipReason,
     build_sensor_context,
@@ -67,16 +69,17 @@ def daemon(platform, dagster):
 
 
 class Daemon:
-    """Evaluates the sensors and runs what they request, in this process; forgets run keys when told to."""
+    """Evaluates the sensors at the time ``now`` and runs what they request, in this process; knows run ``keys``."""
 
     def __init__(self, platform: Platform, instance: DagsterInstance) -> None:
         self.instance = instance
         self.platform = platform
+        self.now = NOW
         self.keys: list[str] = []
         self.runs: list[tuple[str, set[str]]] = []
 
     def evaluate(self, sensor) -> RunRequest | SkipReason:
-        given = self.platform
+        given, time = self.platform, self.now
 
         class Core(PlatformResource):
             @contextmanager
@@ -88,7 +91,7 @@ class Daemon:
                 return given
 
             def now(self):
-                return NOW
+                return time
 
         with build_sensor_context(instance=self.instance, resources={"core": Core()}) as context:
             return sensor(context)
@@ -239,6 +242,20 @@ def test_nothing_is_requested_while_the_command_line_is_at_work(platform, daemon
             assert daemon.evaluate(sensor).skip_message == automation.BUSY
 
 
+def test_a_run_that_ends_while_a_sensor_looks_is_not_asked_for_again(daemon, dagster, two_months, monkeypatch):
+    tags = {automation.PARTITION: str(FEBRUARY)}
+    run = DagsterRun("training", status=DagsterRunStatus.STARTED, tags=tags)
+    dagster.add_run(run)
+
+    def due(*_):
+        dagster.report_run_canceled(run)
+        return loop.Step(FEBRUARY, tuple(MODEL), "as it was before the run ended", "a cause")
+
+    monkeypatch.setattr(loop, "due", due)
+    said = f"2024-02 is being worked on by run {run.run_id}"
+    assert daemon.evaluate(automation.retraining).skip_message == said
+
+
 def causes(platform):
     return [one.cause for one in loop.known(platform.database).situation(FEBRUARY).past]
 
@@ -302,7 +319,7 @@ def test_a_corrected_table_is_brought_in_alone_and_the_conditions_make_what_depe
     (march,) = (one for one in month_statuses(platform) if one.month == "2024-03")
     depends = {"payments_agg_90d_snapshots", "payments_agg_90d_fv", "training_dataset", *REPORTED}
     assert set(march.stale) == depends
-    assert "the sensor corrections, unless stopped, has" in daemon.evaluate(automation.landed_months).skip_message
+    assert "the sensor corrections has payments" in daemon.evaluate(automation.landed_months).skip_message
 
     old = {one.month: one.digest for one in monitoring.reports(platform.database, "drift_report").values()}
     assert daemon.follow(state) == {("2024-03", name) for name in depends}
@@ -312,6 +329,23 @@ def test_a_corrected_table_is_brought_in_alone_and_the_conditions_make_what_depe
     now = {one.month: one.digest for one in monitoring.reports(platform.database, "drift_report").values()}
     assert {month for month in now if now[month] != old[month]} == {MARCH}
     assert scores.load(platform.database, MARCH).version == 2
+
+
+def test_what_no_condition_had_made_again_in_time_is_asked_for_once(platform, daemon, dagster, two_months, monkeypatch):
+    """The cursor of the automation conditions was lost before they looked, or the run that they asked for failed."""
+    correct(platform, MARCH)
+    assert daemon.work() == [("2024-03", {"payments_agg_90d"})]
+    assert "has payments_agg_90d_snapshots" in daemon.evaluate(automation.landed_months).skip_message
+    monkeypatch.setattr(daemon, "now", datetime.now(UTC) + automation.OVERDUE)
+    overdue = daemon.evaluate(automation.landed_months)
+    assert overdue.run_key.startswith("stale 2024-03:")
+    failed = DagsterRun("month", status=DagsterRunStatus.FAILURE, tags={automation.RUN_KEY: overdue.run_key})
+    dagster.add_run(failed)
+    assert "2024-03 failed and waits for a person" in daemon.evaluate(automation.landed_months).skip_message
+    dagster.delete_run(failed.run_id)
+    depends = {"payments_agg_90d_snapshots", "payments_agg_90d_fv", "training_dataset", *REPORTED}
+    assert daemon.work() == [("2024-03", depends)]
+    assert daemon.evaluate(automation.landed_months).skip_message == "every landed month is done"
 
 
 def test_a_correction_that_is_taken_back_is_brought_in_too(platform, daemon, dagster, two_months):
