@@ -53,7 +53,7 @@ def create_app(
     predictor = Predictor(production, store, freshness, clock, metrics)
     predictions = PredictionLog(settings.database_url, settings.home / "cache" / "predictions")
 
-    closed_loop = ClosedLoop(postgres, contract, clock)
+    closed_loop = ClosedLoop(postgres, contract, settings, clock)
     service = Service(predictor, predictions, production, metrics, Ops(postgres, contract, settings, clock))
 
     @asynccontextmanager

@@ -5,11 +5,12 @@ process has counted: every worker says the same, at most a poll later than anoth
 the newest ``MONTHS`` months, features of the contract, our own names, versions of those months.
 """
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
-from typing import Self, TypeVar
+from typing import Self, TypeVar, get_args
 
 import msgspec
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -18,15 +19,21 @@ from prometheus_client.registry import Collector
 from serving.logs import log, with_cause
 from serving.polling import Polling
 from serving.postgres import Postgres, Row
+from serving.retraining import read_loop
 from streamflow.contract import Contract
 from streamflow.errors import WarehouseUnavailable
 from streamflow.months import Month
+from streamflow.retraining import Obstacle, RetrainingDecision
+from streamflow.settings import Settings
+from streamflow.situation import Begun
 
 POLL_S = 30.0
 MONTHS = 24
 SCORE = "score"
 ACTIONS = ("promote", "rollback", "wait", "refuse", "threshold", "flag")
-CAUSES = ("no_model", "corrected_data", "decay", "slide", "drift")
+CAUSES = ("no_model", "corrected_data", "decay", "slide", "drift", "more_data")
+HELD_BACK = ("corrected_data", "decay", "slide", "drift")
+"""The causes for which nothing may be trained with an alarm."""
 RESULTS = ("promoted", "not_promoted", "no_version")
 FINDINGS = ("worse_than_promised", "no_better_than_chance", "worse_calibrated", "sliding")
 
@@ -44,26 +51,6 @@ REPORTS_IN_FORCE = """
     SELECT max(id) FROM streamflow.reports WHERE kind = $1 GROUP BY month ORDER BY month DESC LIMIT $2
 """
 REPORTS = "SELECT id, content FROM streamflow.reports WHERE id = ANY($1::bigint[])"
-RETRAININGS = """
-    SELECT split_part(begun.cause, ':', 1), begun.started_at, made.version IS NOT NULL,
-        EXISTS (
-            SELECT FROM streamflow.promotion_ledger
-            WHERE version = made.version AND action IN ('promote', 'rollback')
-        ),
-        (
-            SELECT bool_or((gate ->> 'passed')::boolean) FROM jsonb_array_elements(judged.gates) AS gate
-            WHERE gate ->> 'name' = 'better_than_production'
-        )
-    FROM streamflow.retrainings AS begun
-    LEFT JOIN LATERAL (
-        SELECT max(version) AS version FROM streamflow.model_versions WHERE lineage ->> 'cause' = begun.cause
-    ) AS made ON true
-    LEFT JOIN LATERAL (
-        SELECT gates FROM streamflow.promotion_ledger
-        WHERE version = made.version AND gates <> '[]' ORDER BY id DESC LIMIT 1
-    ) AS judged ON true
-    ORDER BY begun.started_at, begun.cause
-"""
 DECISIONS = "SELECT action, count(*) FROM streamflow.promotion_ledger GROUP BY action"
 PRODUCTION = """
     SELECT decision.at, registered.as_of
@@ -171,37 +158,18 @@ class PerformanceReport(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
-class Retraining:
-    """A retraining that was begun; ``better`` is the verdict of the gate, None where it was not asked."""
-
-    kind: str
-    started_at: datetime
-    has_version: bool
-    promoted: bool
-    better: bool | None
-
-    @property
-    def result(self) -> str:
-        """One of RESULTS."""
-        if not self.has_version:
-            return "no_version"
-        return "promoted" if self.promoted else "not_promoted"
-
-    @property
-    def helped(self) -> bool | None:
-        """Whether its version was better than the one it was to replace; None as long as nobody knows."""
-        return (self.promoted or None) if self.better is None else self.better
-
-
-@dataclass(frozen=True)
 class LoopState:
-    """What was read at ``read_at``; months and reports newest first, retrainings oldest first."""
+    """What was read at ``read_at``; months and reports newest first, retrainings oldest first.
+
+    ``decision`` says whether to train again, None where that cannot be decided.
+    """
 
     read_at: datetime
     months: Sequence[MonthHeld]
     drift: Sequence[DriftReport]
     performance: Sequence[PerformanceReport]
-    retrainings: Sequence[Retraining]
+    retrainings: Sequence[Begun]
+    decision: RetrainingDecision | None
     decisions: dict[str, int]
     promoted_at: datetime | None
     trained_to: date | None
@@ -216,13 +184,17 @@ _Report = TypeVar("_Report", DriftReport, PerformanceReport)
 class ClosedLoop(Collector):
     """How months and models did at the last poll that PostgreSQL answered; polls as long as its context."""
 
-    def __init__(self, postgres: Postgres, contract: Contract, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self, postgres: Postgres, contract: Contract, settings: Settings, clock: Callable[[], datetime]
+    ) -> None:
         self._postgres = postgres
         self._contract = contract
+        self._settings = settings
         self._clock = clock
         self._reports: dict[int, DriftReport | PerformanceReport] = {}
         self._metrics: Sequence[Metric] = (_read_at(None),)
         self._failing = False
+        self._undecided: str | None = None
         self._polling = Polling(POLL_S, self._poll)
 
     async def __aenter__(self) -> Self:
@@ -257,12 +229,17 @@ class ClosedLoop(Collector):
         performance = await self._reports_in_force("performance_report", PerformanceReport)
         promoted_at, trained_to = _first(await fetch(PRODUCTION)) or (None, None)
         (waiting,) = (await fetch(CANDIDATES_WAITING))[0]
+        loop = await read_loop(self._postgres, self._contract, self._settings)
+        if loop.undecided and loop.undecided != self._undecided:
+            log(logging.WARNING, "retraining_undecided", reason=loop.undecided)
+        self._undecided = loop.undecided
         return LoopState(
             now,
             months,
             drift,
             performance,
-            [Retraining(*row) for row in await fetch(RETRAININGS)],
+            loop.begun,
+            loop.decision,
             {row[0]: row[1] for row in await fetch(DECISIONS)},
             promoted_at,
             trained_to,
@@ -394,14 +371,16 @@ def _models(state: LoopState) -> Iterator[Metric]:
     begun = state.retrainings
     counted = {(kind, result): 0 for kind in CAUSES for result in RESULTS}
     for one in begun:
-        counted[one.kind, one.result] = counted.get((one.kind, one.result), 0) + 1
+        counted[_kind(one), _result(one)] = counted.get((_kind(one), _result(one)), 0) + 1
     yield _gauge("retrainings", "Retrainings begun, by cause and result so far.", ("cause", "result"), counted.items())
     about = "How many of the newest retrainings in a row did not give a better model than there was."
     yield single("retrainings_in_vain", about, _in_vain(begun))
     about = "1: the newest retraining has not given a version yet."
-    yield single("retraining_unfinished", about, bool(begun) and not begun[-1].has_version)
+    yield single("retraining_unfinished", about, bool(begun) and begun[-1].version is None)
     about = "When the newest retraining began."
     yield single("retraining_started_timestamp_seconds", about, begun[-1].started_at.timestamp() if begun else None)
+    about = "1: this calls for another model, and that forbids to train it; `streamflow status` says more."
+    yield _gauge("retraining_held_back", about, ("cause", "obstacle"), _held_back(state.decision))
     decisions = [((action,), state.decisions.get(action, 0)) for action in ACTIONS]
     yield _gauge("ledger_decisions", "Rows of the promotion ledger.", ("action",), decisions)
     about = "Versions that passed every gate, newer than the last decision, and wait for a person's approval."
@@ -413,6 +392,25 @@ def _models(state: LoopState) -> Iterator[Metric]:
     yield single("production_promoted_timestamp_seconds", about, moment)
 
 
-def _in_vain(begun: Sequence[Retraining]) -> int:
-    known = [one.helped for one in begun if one.kind != "no_model" and one.helped is not None]
+def _kind(begun: Begun) -> str:
+    return begun.cause.split(":")[0]
+
+
+def _result(begun: Begun) -> str:
+    if begun.version is None:
+        return "no_version"
+    return "promoted" if begun.promoted else "not_promoted"
+
+
+def _held_back(decision: RetrainingDecision | None) -> Samples:
+    """Every cause and obstacle while it can be decided, so that one that is gone is 0 and not left as it was."""
+    if decision is None:
+        return []
+    alarms = {(alarm.about, alarm.obstacle) for alarm in decision.alarms}
+    pairs = itertools.product(HELD_BACK, get_args(Obstacle))
+    return [(pair, pair in alarms) for pair in pairs]
+
+
+def _in_vain(begun: Sequence[Begun]) -> int:
+    known = [one.helped for one in begun if _kind(one) != "no_model" and one.helped is not None]
     return next((number for number, helped in enumerate(reversed(known)) if helped), len(known))

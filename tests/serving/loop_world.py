@@ -10,14 +10,12 @@ import pandas as pd
 from psycopg.types.json import Jsonb
 from serving_world import Platform, simulated_values
 
-from streamflow import drift
+from streamflow import drift, relations
 from streamflow.contract import CONTRACT, USER_ID
 from streamflow.decay import Achieved, DropExplained, Finding, PerformanceReport
 from streamflow.evaluation import Interval
 from streamflow.monitoring import DRIFT_REPORT, PERFORMANCE_REPORT, DriftContent
 from streamflow.months import Month
-from streamflow.pipeline import TRAINING_DATASET
-from streamflow.scores import CHURN_SCORES
 
 WRITTEN = datetime(2024, 3, 1, 6, tzinfo=UTC)
 USERS, SCORED = 7_043, 7_032
@@ -25,20 +23,22 @@ FINDINGS = ("worse_than_promised", "no_better_than_chance", "worse_calibrated", 
 
 
 def write_month(platform: Platform, month: str, *, labelled: bool = True, scored: bool = True) -> None:
-    """State that a month has landed and what has been made of it."""
-    rows = {
-        "users": USERS,
-        "usage_agg_30d": USERS,
-        **({"labels": USERS, TRAINING_DATASET: USERS} if labelled else {}),
-        **({CHURN_SCORES: SCORED} if scored else {}),
+    """State that a month has landed and what has been made of it: all but models."""
+    made = {
+        relation: sources
+        for relation, sources in relations.relations().items()
+        if relation not in relations.TRAINED
+        and (labelled or not relations.needs_labels(relation))
+        and (scored or relation not in relations.WATCHED)
     }
-    for relation, count in rows.items():
+    for relation, sources in made.items():
         platform.execute(
             "INSERT INTO streamflow.month_writes (relation, month, revision, digest, rows, sources, facts, written_at) "
-            "VALUES (%s, %s, 1, 'd', %s, '{}', '{}', %s)",
+            "VALUES (%s, %s, 1, 'd', %s, %s, '{}', %s)",
             relation,
             month,
-            count,
+            SCORED if relation == relations.CHURN_SCORES else USERS,
+            Jsonb({source: {"revision": 1, "digest": "d"} for source in sources}),
             WRITTEN,
         )
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from typing import get_args
 
 import httpx
 import pytest
 import serving_world
 from loop_world import (
     BEGUN,
-    FEBRUARY,
     FINDINGS,
     SCORED,
     USERS,
@@ -25,13 +25,15 @@ from loop_world import (
 from serving_world import NOW, Platform, accept_connections, eventually, metric, metrics_of, predict, running
 
 import serving.closed_loop
-from serving.closed_loop import MONTHS, LoopState, Retraining
+from serving.closed_loop import HELD_BACK, MONTHS, LoopState
 from serving.closed_loop import metrics_of as families
-from streamflow import gates
+from serving.months import NEWEST
 from streamflow.contract import CONTRACT
 from streamflow.database import Database
 from streamflow.months import Month
+from streamflow.retraining import Kind, Obstacle
 from streamflow.settings import Settings
+from streamflow.situation import Begun
 
 
 @pytest.fixture
@@ -118,6 +120,62 @@ def test_what_changes_is_told_at_the_next_poll(
     assert metric(metrics, "retrainings", cause="slide", result="not_promoted") == 1
     judge(platform, "promote", 3, better=None)
     eventually(lambda: metric(metrics_of(story), "candidates_waiting") == 0)
+
+
+def _held_back(metrics: serving_world.Metrics) -> dict[tuple[str, str], float]:
+    return {
+        (dict(labels)["cause"], dict(labels)["obstacle"]): value
+        for (name, labels), value in metrics.items()
+        if name == "streamflow_retraining_held_back"
+    }
+
+
+def test_a_retraining_that_is_held_back_is_told_with_its_cause_and_obstacle(
+    story: httpx.Client, platform: Platform
+) -> None:
+    told = _held_back(metrics_of(story))
+    assert set(told) == {(cause, obstacle) for cause in HELD_BACK for obstacle in get_args(Obstacle)}
+    assert set(told.values()) == {0}
+    found = ("worse_than_promised", "worse_calibrated")
+    report_performance(platform, "2024-02", 2, auc=0.49, promised=0.66, found=found)
+    held_back = {("decay", "no_newer_labels"): 1.0}
+    eventually(lambda: _held_back(metrics_of(story)) == {**told, **held_back})
+    report_performance(platform, "2024-02", 2, auc=0.66, promised=0.66)
+    eventually(lambda: _held_back(metrics_of(story)) == told)
+
+
+def test_labels_that_are_older_than_a_year_are_decided_about(
+    platform: Platform, settings: Settings, serve: Callable[[Settings], httpx.Client], artifacts: tuple[bytes, bytes]
+) -> None:
+    first = Month.parse("2022-01")
+    platform.promote(1, artifacts[0], as_of=first.as_of)
+    for number in range(NEWEST + 3):
+        write_month(platform, str(first.shift(number)), labelled=number == 0)
+    report_performance(platform, str(first), 1, auc=0.49, promised=0.7, found=("no_better_than_chance",))
+    client = serve(settings)
+    eventually(lambda: metric(metrics_of(client), "closed_loop_read_timestamp_seconds") > 0)
+    assert _held_back(metrics_of(client))["decay", "no_newer_labels"] == 1
+
+
+def test_nothing_is_claimed_about_retraining_while_the_policy_cannot_be_used(
+    platform: Platform,
+    settings: Settings,
+    artifacts: tuple[bytes, bytes],
+    serve: Callable[[Settings], httpx.Client],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tell_the_story(platform, artifacts)
+    policy = settings.home / "policy.toml"
+    policy.write_text("mode = 1")
+    client = serve(settings.model_copy(update={"policy_file": policy}))
+    eventually(lambda: metric(metrics_of(client), "closed_loop_read_timestamp_seconds") > 0)
+    assert _held_back(metrics_of(client)) == {}
+    assert metric(metrics_of(client), "retrainings", cause="decay", result="promoted") == 1
+    begin_retraining(platform, "slide:2024-03:version 2", "2024-03", datetime(2024, 4, 1, tzinfo=UTC))
+    eventually(lambda: metric(metrics_of(client), "retraining_unfinished") == 1)
+    policy.write_text(settings.policy_file.read_text())
+    eventually(lambda: len(_held_back(metrics_of(client))) > 0)
+    assert caplog.messages.count("retraining_undecided") == 1
 
 
 @pytest.mark.parametrize(
@@ -225,12 +283,12 @@ def test_readiness_is_told_by_part(platform: Platform, api: httpx.Client, artifa
     assert predict(api).status_code == 200
 
 
-def _state(*retrainings: Retraining) -> LoopState:
-    return LoopState(NOW, [], [], [], retrainings, {}, None, None, 0)
+def _state(*begun: Begun) -> LoopState:
+    return LoopState(NOW, [], [], [], begun, None, {}, None, None, 0)
 
 
-def _begun(kind: str, *, better: bool | None = None, promoted: bool = False, version: bool = True) -> Retraining:
-    return Retraining(kind, NOW, version, promoted, better)
+def _begun(kind: str, *, better: bool | None = None, promoted: bool = False, version: int | None = 1) -> Begun:
+    return Begun("2024-02", f"{kind}:2024-02:version 1", NOW, 1, False, version, promoted, better)
 
 
 @pytest.mark.parametrize(
@@ -241,13 +299,13 @@ def _begun(kind: str, *, better: bool | None = None, promoted: bool = False, ver
         ([_begun("decay", better=False), _begun("drift", better=False)], 2, 0),
         ([_begun("decay", better=False), _begun("drift", better=True, promoted=True)], 0, 0),
         ([_begun("decay", better=True, promoted=True), _begun("drift", better=False)], 1, 0),
-        ([_begun("decay", better=False), _begun("drift", version=False)], 1, 1),
+        ([_begun("decay", better=False), _begun("drift", version=None)], 1, 1),
         ([_begun("no_model", better=False)], 0, 0),
         ([_begun("decay", better=False), _begun("slide", promoted=True)], 0, 0),
     ],
 )
 def test_retrainings_in_vain_are_those_since_one_helped(
-    begun: Sequence[Retraining], in_vain: float, unfinished: float
+    begun: Sequence[Begun], in_vain: float, unfinished: float
 ) -> None:
     told = {family.name: [sample.value for sample in family.samples] for family in families(_state(*begun))}
     assert told["streamflow_retrainings_in_vain"] == [in_vain]
@@ -255,7 +313,6 @@ def test_retrainings_in_vain_are_those_since_one_helped(
     assert sum(told["streamflow_retrainings"]) == len(begun)
 
 
-def test_names_that_are_spelt_here_are_the_cores() -> None:
-    """The service does not import these modules, which need pandas."""
-    assert gates.BETTER in serving.closed_loop.RETRAININGS
-    assert FEBRUARY.split(":")[0] in serving.closed_loop.CAUSES
+def test_causes_that_are_spelt_here_are_the_cores() -> None:
+    assert get_args(Kind) == serving.closed_loop.CAUSES
+    assert set(serving.closed_loop.HELD_BACK) < set(get_args(Kind))

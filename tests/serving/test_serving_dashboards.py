@@ -24,12 +24,14 @@ from serving_world import NOW, Mlflow, Platform, copied, eventually, metrics_of,
 
 from serving import closed_loop
 from serving.app import utc_now
-from serving.closed_loop import LoopState, MonthHeld, Retraining
+from serving.closed_loop import LoopState, MonthHeld
 from serving.metrics import Metrics
 from streamflow.api_keys import make_key
 from streamflow.contract import CONTRACT
 from streamflow.database import Database
+from streamflow.retraining import RetrainingDecision
 from streamflow.settings import PROJECT_ROOT
+from streamflow.situation import Begun
 
 DOCKER = PROJECT_ROOT / "docker"
 CONFIGURATION = DOCKER / "prometheus" / "prometheus.yml"
@@ -74,7 +76,8 @@ def _told() -> set[str]:
                 drop=closed_loop.Drop(interval, interval, True),
             )
         ],
-        [Retraining("decay", NOW, True, True, True)],
+        [Begun("2024-02", "decay:2024-02:version 1", NOW, 1, False, 2, True, True)],
+        RetrainingDecision(False, None, "nothing calls for it", ()),
         {},
         NOW,
         NOW.date(),
@@ -194,6 +197,7 @@ SCORED = 'streamflow_month_scored_customers{month="2024-02"}'
 PSI = 'streamflow_drift_psi{month="2024-02",version="1",feature="skips_7d"}'
 SIGNIFICANT = 'streamflow_drift_significant{month="2024-02",version="1",feature="skips_7d"}'
 MISSING = 'streamflow_drift_missing_ratio{month="2024-02",version="1",feature="skips_7d"}'
+HELD_BACK = 'streamflow_retraining_held_back{cause="decay",obstacle="no_newer_labels"}'
 SERVED, EARLIER = 'streamflow_model_info{version="1"}', 'streamflow_model_info{version="2"}'
 
 
@@ -247,6 +251,8 @@ WELL = {
     "streamflow_production_data_end_timestamp_seconds": -364 * DAY,
     "streamflow_retraining_unfinished": 0,
     "streamflow_retrainings_in_vain": 0,
+    HELD_BACK: 0,
+    'streamflow_retraining_held_back{cause="slide",obstacle="cooldown"}': 0,
     "streamflow_candidates_waiting": 0,
 }
 """Each series while all is well, close to its bounds, with a version that was bad and is served no more."""
@@ -276,6 +282,7 @@ CASES: Mapping[str, Sequence[Mapping[str, object]]] = {
     "StreamflowMonthNotScored": [{SCORED: 0}],
     "StreamflowRetrainingUnfinished": [{"streamflow_retraining_unfinished": 1}],
     "StreamflowRetrainingInVain": [{"streamflow_retrainings_in_vain": 1}],
+    "StreamflowRetrainingHeldBack": [{HELD_BACK: 1}],
     "StreamflowCandidateWaits": [{"streamflow_candidates_waiting": 1}],
     "StreamflowProductionOld": [{"streamflow_production_data_end_timestamp_seconds": -367 * DAY}],
 }
@@ -518,3 +525,17 @@ def test_alerts_are_about_the_version_that_is_served(scraped: Scraped) -> None:
         ),
     }
     assert scraped.alert("StreamflowWorseThanPromised") is not None
+
+    assert scraped.alert("StreamflowRetrainingHeldBack") is None
+    report_performance(scraped.platform, "2024-02", 2, auc=0.4912, promised=0.66, found=found)
+    eventually(lambda: scraped.alert("StreamflowRetrainingHeldBack") is not None, within_s=PATIENCE_S)
+    held_back = scraped.alert("StreamflowRetrainingHeldBack")
+    assert held_back is not None
+    assert held_back["annotations"] == {
+        "summary": "Production should be replaced, and nothing is trained",
+        "description": (
+            "What calls for another model: decay. What forbids to train one: no newer labels. `streamflow status`, or "
+            "the page at /, says for which month and what to do: land labels, train by hand, or change [retraining] of "
+            "the policy."
+        ),
+    }
