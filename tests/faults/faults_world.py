@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -122,16 +122,20 @@ class Answer:
 class Load:
     """Clients that ask for predictions, batches and features of the users in turn while the context is open.
 
-    Each asks ``pause_s`` after it is answered. All of them send ``name`` as their request id, by which the prediction
+    Each asks ``pause_s`` after it is answered, on the same connection or, with ``reconnect``, on another one, which any
+    worker may take. All of them send ``name`` as their request id, by which the prediction
     log tells what they caused.
     """
 
-    def __init__(self, port: int, users: Mapping[str, object], pause_s: float = PAUSE_S) -> None:
+    def __init__(
+        self, port: int, users: Mapping[str, object], pause_s: float = PAUSE_S, *, reconnect: bool = False
+    ) -> None:
         self.name = f"load-{uuid4()}"
         self.answers: list[Answer] = []
         self._url = f"http://127.0.0.1:{port}"
         self._users = list(users)
         self._pause_s = pause_s
+        self._headers = {"X-Request-ID": self.name, **({"Connection": "close"} if reconnect else {})}
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(target=self._ask, args=(2 * len(TURNS) * number,)) for number in range(CLIENTS)
@@ -148,8 +152,7 @@ class Load:
             thread.join()
 
     def _ask(self, number: int) -> None:
-        headers = {"X-Request-ID": self.name}
-        with httpx.Client(base_url=self._url, timeout=PATIENCE_S, headers=headers, trust_env=False) as client:
+        with httpx.Client(base_url=self._url, timeout=PATIENCE_S, headers=self._headers, trust_env=False) as client:
             while not self._stop.wait(self._pause_s):
                 number += 1
                 route, sent = TURNS[number % len(TURNS)], time.monotonic()
@@ -302,6 +305,7 @@ class Service:
     def __init__(self, process: subprocess.Popen[bytes], settings: Settings, log: Path) -> None:
         self.process = process
         self.port = settings.api_port
+        self._workers = settings.workers
         self._asked = WORKERS_ASKED if settings.workers > 1 else 1
         self._log = log
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE_S, trust_env=False)
@@ -324,6 +328,32 @@ class Service:
     def _is(self, status: int, says: str) -> bool:
         found, answer = self.readiness()
         return found == status and (not says or json.loads(answer)["status"] == says)
+
+    def by_worker(self, path: str) -> dict[int, httpx.Response]:
+        """What each worker answers, by its pid: connections are opened, and kept, until each has taken one."""
+        answers: dict[int, httpx.Response] = {}
+        with ExitStack() as connections:
+
+            def each_has_answered() -> bool:
+                url = f"http://127.0.0.1:{self.port}"
+                client = connections.enter_context(httpx.Client(base_url=url, timeout=PATIENCE_S, trust_env=False))
+                answer = client.get(path)
+                _, port = answer.extensions["network_stream"].get_extra_info("client_addr")
+                answers[self._worker_of(port)] = answer
+                return len(answers) == self._workers
+
+            eventually(each_has_answered)
+        return answers
+
+    def _worker_of(self, client_port: int) -> int:
+        """The pid of the worker at the other end of a connection."""
+        (pid,) = (
+            worker.pid
+            for worker in psutil.Process(self.process.pid).children(recursive=True)
+            for connection in worker.net_connections("tcp")
+            if connection.raddr and connection.raddr.port == client_port and connection.laddr.port == self.port
+        )
+        return pid
 
     def total(self, name: str) -> float:
         """A metric, of all workers together."""

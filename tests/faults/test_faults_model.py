@@ -1,14 +1,17 @@
 """MLflow away, and a promotion every second, under load."""
 
 import time
+from contextlib import ExitStack
 from itertools import cycle, pairwise
 
-from faults_world import Answer, Load, World, free_port, started
+import pytest
+from faults_world import Answer, Load, Service, World, free_port, started
 from serving_world import Mlflow, eventually, metric, metrics_of
 
 from streamflow.settings import Settings
 
 PROMOTIONS = 60
+FEWER_PROMOTIONS = 13
 EVERY_S = 1.0
 PAUSE_S = 0.05
 
@@ -35,6 +38,36 @@ def test_a_promotion_every_second_for_a_minute(world: World, settings: Settings)
     assert sum(one != other for one, other in pairwise(in_order)) > PROMOTIONS / 2
     assert set(in_order) == {1, 2, 3}
     assert versions(load.between(settled)) == {1}
+
+
+@pytest.mark.parametrize("workers", [2], scope="session")
+def test_promotions_reach_every_worker(world: World, settings: Settings) -> None:
+    with started(settings) as service, ExitStack() as loads:
+        eventually(lambda: _versions_of_workers(service) == {1})
+        kept = loads.enter_context(Load(service.port, world.users, PAUSE_S))
+        load = loads.enter_context(Load(service.port, world.users, PAUSE_S, reconnect=True))
+        load.goes_on()
+        begun = time.monotonic()
+        for number, version in zip(range(FEWER_PROMOTIONS), cycle((2, 3, 1)), strict=False):
+            time.sleep(max(0, begun + number * EVERY_S - time.monotonic()))
+            world.platform.decide("promote", version)
+        eventually(lambda: _versions_of_workers(service) == {2})
+        settled = time.monotonic()
+        load.goes_on()
+        # More than the first of both and all that one of them can have taken since: both follow.
+        assert metric(metrics_of(service.client), "model_swaps_total", result="taken") > FEWER_PROMOTIONS + 2
+    world.platform.decide("rollback", 1)
+    for one in (kept, load):
+        assert {answer.status for answer in one.answers} == {200}
+        world.check_answers(one)
+        world.check_log(one)
+        assert versions(one.answers) == {1, 2, 3}
+        assert versions(one.between(settled)) == {2}
+
+
+def _versions_of_workers(service: Service) -> set[int | None]:
+    """What the workers serve; None is of one that has no model yet."""
+    return {answer.json().get("version") for answer in service.by_worker("/model").values()}
 
 
 def versions(answers: list[Answer]) -> set[int]:
