@@ -76,7 +76,7 @@ def command(service: str, settings: Settings, database: Database) -> Command:
         "mlflow": (_script("mlflow"), "server", *here, str(settings.mlflow_port), *stored, "--workers", "1"),
         "code": (_script("dagster"), "code-server", "start", *here, str(settings.code_port), *graph),
         "webserver": (_script("dagster-webserver"), *here, str(settings.dagster_port), *workspace),
-        "daemon": (_script("dagster-daemon"), "run", *workspace),
+        "daemon": (sys.executable, "-m", "streamflow_dagster.daemon", *workspace),
         "api": (sys.executable, "-m", "serving"),
     }
     variables = environment(settings, database)

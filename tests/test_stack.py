@@ -52,7 +52,7 @@ def test_each_service_has_its_command(settings: Settings) -> None:
         "webserver": [
             *(SCRIPTS / "dagster-webserver", "--host", "127.0.0.2", "--port", "8102", "--workspace", workspace),
         ],
-        "daemon": [SCRIPTS / "dagster-daemon", "run", "--workspace", workspace],
+        "daemon": [sys.executable, "-m", "streamflow_dagster.daemon", "--workspace", workspace],
         "api": [sys.executable, "-m", "serving"],
     }
     assert {name: stack.command(name, settings, DATABASE).argv for name in stack.SERVICES} == {
