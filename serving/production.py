@@ -4,6 +4,7 @@ The ledger in PostgreSQL says which version is Production; MLflow is only where 
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from streamflow.scoring import Scorer, self_test
 
 POLL_S = 1.0
 REFUSED_RETRY_S = 30.0
+FIRST_LOOK_S = 3.0
+"""How long a start waits for the first look at the ledger, and the model that it names."""
 NOT_CHECKED = "not checked yet: the service is starting"
 NOTHING_PROMOTED = "no version is in Production; run `streamflow promote VERSION --by NAME --reason TEXT`"
 
@@ -125,6 +128,7 @@ class ProductionModel:
         self._store_check = Check("feature_store", State.UNAVAILABLE, NOT_CHECKED)
         self._registry_check = Check("registry", State.DEGRADED, NOT_CHECKED)
         self.refusal: Refusal | None = None
+        self._looked = asyncio.Event()
         self._polling = Polling(POLL_S, self._poll_database, self._poll_registry)
 
     def current(self) -> ServedModel:
@@ -147,8 +151,14 @@ class ProductionModel:
         return Check("model", State.READY, f"version {version} is served")
 
     async def __aenter__(self) -> Self:
-        """Begin to poll ledger, feature store and registry."""
+        """Begin to poll ledger, feature store and registry.
+
+        The first look is waited for: a worker that takes another's place is not to refuse what the others could answer.
+        """
         await self._polling.__aenter__()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_LOOK_S):
+                await self._looked.wait()
         return self
 
     async def __aexit__(self, *end: object) -> None:
@@ -175,6 +185,8 @@ class ProductionModel:
             self._why_none = f"which version is in Production cannot be read: {failure}"
         else:
             self._store_check = _announced(self._store_check, Check("feature_store", State.READY, self._store.answers))
+        finally:
+            self._looked.set()
 
     async def _follow_ledger(self) -> None:
         rows = await self._postgres.fetch(NEWEST_DECISION)

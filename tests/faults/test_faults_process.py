@@ -3,8 +3,9 @@
 import signal
 import time
 
+import psutil
 import pytest
-from faults_world import Load, World, started
+from faults_world import CLIENTS, Load, World, started
 from serving_world import HalfRequest, eventually
 
 from streamflow.settings import Settings
@@ -32,6 +33,30 @@ def test_a_stop_answers_what_was_accepted_and_logs_it(world: World, settings: Se
     answered = {prediction["request_id"] for prediction in load.predictions}
     assert answered < set(logged)
     assert len(logged) == len(answered) + len(half)
+
+
+@pytest.mark.parametrize("workers", [2], scope="session")
+def test_a_worker_that_is_killed_is_replaced_by_one_that_answers_from_its_first_request(
+    world: World, settings: Settings
+) -> None:
+    with started(settings) as service:
+        eventually(lambda: {answer.status_code for answer in service.by_worker("/ready").values()} == {200})
+        with Load(service.port, world.users, reconnect=True) as load:
+            load.goes_on()
+            before = set(service.by_worker("/ready"))
+            for pid in before:
+                psutil.Process(pid).kill()
+                eventually(lambda pid=pid: not psutil.pid_exists(pid))
+                eventually(lambda pid=pid: pid not in service.by_worker("/ready"))
+                load.goes_on()
+            after = set(service.by_worker("/ready"))
+    assert len(after) == 2
+    assert not after & before
+    # What a worker had accepted when it was killed is lost with it; nothing is refused.
+    assert {one.status for one in load.answers} <= {200, None}
+    lost = [one for one in load.answers if one.response is None]
+    assert len(lost) <= 2 * CLIENTS
+    world.check([one for one in load.answers if one.response])
 
 
 @pytest.mark.parametrize("workers", [1, 2], scope="session")
