@@ -325,7 +325,7 @@ class OpsPage:
             if one.standing.state in ("stale", "incomplete")
         ]
         found += [
-            Look(f"the retraining for {one.month} failed", one.failure)
+            Look(f"the retraining for {one.month} failed", one.failure, f"mend that, then `streamflow run {one.month}`")
             if one.failure
             else Look(f"the retraining for {one.month} has no version yet: it is under way, or its process was killed")
             for one in self.retrainings

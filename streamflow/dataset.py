@@ -154,13 +154,21 @@ def assemble(
     labels = _one_row_per_user(labels, [contract.label], f"the labels of {label_month}")
     joined = features.merge(labels, on=USER_ID, how="outer")
     if unlabelled := joined.loc[joined[contract.label].isna(), USER_ID].tolist():
-        raise TrainingRefused(f"{len(unlabelled)} users of {month} have no label, such as {unlabelled[0]}")
+        raise TrainingRefused(
+            f"{len(unlabelled)} users of {month} have no label, such as {unlabelled[0]}; "
+            f"land a {contract.label_table.file} that has every user"
+        )
     columns = (*contract.features, *(column for column in contract.label_table.values if column.name == contract.label))
     frame = _complete_rows(joined, columns, month)
     if frame.empty:
-        raise TrainingRefused(f"{month} has no user with a label and all features; land it first")
+        raise TrainingRefused(
+            f"{month} has no user with a label and all features; see which snapshot lacks users, land its file"
+        )
     if frame[contract.label].nunique() == 1:
-        raise TrainingRefused(f"{contract.label} is {frame[contract.label].iloc[0]} for every user of {label_month}")
+        raise TrainingRefused(
+            f"{contract.label} is {frame[contract.label].iloc[0]} for every user of {label_month}; "
+            f"land a {contract.label_table.file} that tells who churned"
+        )
     return TrainingDataset(frame, month, contract.label, len(joined) - len(frame))
 
 

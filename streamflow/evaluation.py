@@ -169,7 +169,7 @@ def require_both(labels: Labels) -> None:
     if labels.all() or not labels.any():
         raise TrainingRefused(
             f"of {len(labels)} users to measure a model on {int(labels.sum())} churned; "
-            "both churned users and users who stayed are needed"
+            "both churned users and users who stayed are needed: land a month with more users"
         )
 
 

@@ -567,7 +567,7 @@ def _completed_evidence(platform: Platform, facts: Mapping[str, Any]) -> Evidenc
     if evidence.flipped_decisions or evidence.parity_difference > scoring.MAX_DIFFERENCE:
         raise ArtifactRefused(
             f"the compiled scorer of run {facts['run_id']} differs from its pipeline by {evidence.parity_difference:g} "
-            f"and flips {evidence.flipped_decisions} decisions; the version is refused"
+            f"and flips {evidence.flipped_decisions} decisions; the version is refused: train the month again"
         )
     return msgspec.structs.replace(
         evidence,
@@ -605,9 +605,17 @@ def _recorded_scorer(platform: Platform, run_id: str, artifact_sha256: str) -> "
     """The scorer as the registry has it; raises ArtifactRefused unless it is the one recorded."""
     from streamflow import scoring
 
-    artifact = platform.registry.scorer(run_id)
+    try:
+        artifact = platform.registry.scorer(run_id)
+    except UnknownVersion as failure:
+        raise UnknownVersion(
+            f"MLflow has no scorer of run {run_id} any more; restore mlflow/ from a backup, or take another version"
+        ) from failure
     if (found := scoring.sha256(artifact)) != artifact_sha256:
-        raise ArtifactRefused(f"MLflow's scorer of run {run_id} has SHA-256 {found}; the record says {artifact_sha256}")
+        raise ArtifactRefused(
+            f"MLflow's scorer of run {run_id} has SHA-256 {found}; the record says {artifact_sha256}; restore it "
+            "from a backup of mlflow/, and find out who changed it"
+        )
     return scoring.Scorer.from_bytes(artifact)
 
 

@@ -120,4 +120,4 @@ def read_toml(path: Path, kind: type[_Document], what: str) -> _Document:
     except OSError as failure:
         raise ConfigurationError(f"{what} {path} cannot be read: {failure.strerror}") from failure
     except (msgspec.DecodeError, UnicodeDecodeError) as failure:
-        raise ConfigurationError(f"{what} {path} cannot be used: {failure}") from failure
+        raise ConfigurationError(f"{what} {path} cannot be used: {failure}; correct the file") from failure

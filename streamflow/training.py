@@ -148,7 +148,8 @@ def require_trainable(rows: pd.DataFrame, label: str, config: "TrainingConfig") 
         if users.sum() < config.guards.minimum_positives:
             raise TrainingRefused(
                 f"only {users.sum()} of the {len(rows)} users to learn from {who}; "
-                f"guards.minimum_positives of training.toml asks for {config.guards.minimum_positives}"
+                f"guards.minimum_positives of training.toml asks for {config.guards.minimum_positives}; "
+                "train on a month with more users, or lower it"
             )
         counts = np.bincount(fold[users], minlength=config.folds)
         if not counts.all():

@@ -88,7 +88,8 @@ class TrainingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Read the file; raises ConfigurationError that names the file and the key that cannot be used."""
         config = read_toml(path, cls, "the training configuration")
         if faults := list(config._faults(contract)):
-            raise ConfigurationError(f"the training configuration {path} cannot be used: {'; '.join(faults)}")
+            reason = "; ".join((*faults, "correct the file"))
+            raise ConfigurationError(f"the training configuration {path} cannot be used: {reason}")
         return config
 
     @classmethod

@@ -158,10 +158,9 @@ def _failures(result: ExecuteInProcessResult) -> dict[str, str]:
     failures = {}
     for event in result.all_events:
         if event.is_step_failure:
-            error = event.step_failure_data.error
-            while error is not None and error.cause is not None:
-                error = error.cause
-            failures[str(event.step_key)] = error.message.strip() if error else "no reason given"
+            said, error = event.step_failure_data.user_failure_data, event.step_failure_data.error
+            reason = said.description if said else error.message if error else None
+            failures[str(event.step_key)] = (reason or "no reason given").strip()
     if not failures and not result.success:
         failures["run"] = "failed before its first step; its log in the Dagster UI says why"
     return failures

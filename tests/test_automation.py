@@ -27,6 +27,7 @@ from streamflow.errors import RegistryUnavailable, WarehouseUnavailable
 from streamflow.promotion import Entry
 from streamflow.status import TRAINED, WATCHED, relations
 from streamflow_dagster.definitions import build_definitions
+from streamflow_dagster.defs.failing import TickFailed
 from streamflow_dagster.defs.resources import PlatformResource
 
 NOW = datetime(2024, 2, 3, tzinfo=UTC)
@@ -111,7 +112,7 @@ def test_an_mlflow_that_is_away_is_no_failure_of_ours(registry_stages, caplog):
 
 
 def test_any_other_failure_is_one(registry_stages, caplog):
-    with pytest.raises(WarehouseUnavailable):
+    with pytest.raises(TickFailed, match=r"^PostgreSQL does not answer$"):
         looked(registry_stages, WarehouseUnavailable("PostgreSQL does not answer"), caplog)
 
 

@@ -285,7 +285,7 @@ def test_a_time_zone_does_not_make_features_late(month):
 def test_a_constant_label_is_refused(month, label_only, said):
     features, labels = month
     message = refusal(features, labels.assign(churn_label=label_only))
-    assert message == f"churn_label is {said} for every user of 2024-01"
+    assert message == f"churn_label is {said} for every user of 2024-01; land a labels.csv that tells who churned"
 
 
 def test_repeated_users_are_refused(month):

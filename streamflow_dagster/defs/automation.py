@@ -29,6 +29,7 @@ from streamflow.settings import Settings
 from streamflow.status import WATCHED, month_statuses
 from streamflow.warehouse import month_writes
 from streamflow_dagster.defs import jobs
+from streamflow_dagster.defs.failing import ticks_plainly
 from streamflow_dagster.defs.resources import PlatformResource
 
 INTERVAL_S = 30
@@ -59,6 +60,7 @@ BUSY = "`streamflow run` is at work; it does what is due itself"
     "drift reports of other months that were held against it, as no partition mapping can name them, this one does. A "
     "month waits for the retraining that an older one gave reason to.",
 )
+@ticks_plainly
 def landed_months(context: SensorEvaluationContext, core: PlatformResource) -> RunRequest | SkipReason:
     """Request the next month's run."""
     platform = core.platform
@@ -69,6 +71,8 @@ def landed_months(context: SensorEvaluationContext, core: PlatformResource) -> R
         step, left_out = _due(context.instance, platform, core.now())
         said = f"; {', '.join(map(str, left_out))} failed and waits for a person" if left_out else ""
         if step is None:
+            waiting = [one.month for one in month_statuses(platform) if one.state == "unlabelled"]
+            said += f"; {', '.join(waiting)} waits for {CONTRACT.label_table.file}" if waiting else ""
             return SkipReason(f"every landed month is done{said}")
         if step.cause is not None:
             return SkipReason(f"the sensor retraining goes first: {step.month}, {step.reason}{said}")
@@ -93,6 +97,7 @@ def landed_months(context: SensorEvaluationContext, core: PlatformResource) -> R
     description="Reads the newest reports on drift and performance, decides by the policy whether a model must be "
     "trained again, and requests one run for each cause. What becomes of the model is the promotion policy's to say.",
 )
+@ticks_plainly
 def retraining(context: SensorEvaluationContext, core: PlatformResource) -> RunRequest | SkipReason:
     """Request a training when there is a cause for one."""
     platform = core.platform
@@ -198,6 +203,7 @@ corrections = AutomationConditionSensorDefinition(
     description="Answers stages that were changed by hand in MLflow: self-tested and held against the gates, a version "
     "becomes Production or the stage is set back, and the ledger says which. Requests no runs.",
 )
+@ticks_plainly
 def registry_stages(context: SensorEvaluationContext, core: PlatformResource) -> SkipReason:
     """Hold MLflow's stages against the promotion ledger."""
     platform = core.platform

@@ -7,6 +7,7 @@ from dagster import AssetExecutionContext, AssetsDefinition, MaterializeResult, 
 from streamflow import pipeline
 from streamflow.contract import CONTRACT, FeatureView
 from streamflow_dagster.defs.conditions import WHEN_REMADE
+from streamflow_dagster.defs.failing import fails_plainly
 from streamflow_dagster.defs.partitions import MONTHLY
 from streamflow_dagster.defs.resources import PlatformResource
 from streamflow_dagster.defs.results import OWNERS, materialized, month_of
@@ -29,6 +30,7 @@ def published(view: FeatureView) -> AssetsDefinition:
         automation_condition=WHEN_REMADE,
         metadata={"features": [column.name for column in view.columns]},
     )
+    @fails_plainly
     def feature_view(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:
         started = perf_counter()
         return materialized(pipeline.publish_view(core.platform, view, month_of(context), core.now()), started)

@@ -8,6 +8,7 @@ from streamflow import pipeline
 from streamflow.contract import CONTRACT, Table
 from streamflow.warehouse import landing_findings
 from streamflow_dagster.defs import checks
+from streamflow_dagster.defs.failing import fails_plainly
 from streamflow_dagster.defs.partitions import MONTHLY
 from streamflow_dagster.defs.resources import PlatformResource
 from streamflow_dagster.defs.results import OWNERS, check_results, materialized, month_of
@@ -28,6 +29,7 @@ def landed_table(table: Table) -> AssetsDefinition:
         partitions_def=MONTHLY,
         check_specs=checks.of_table(table),
     )
+    @fails_plainly
     def landed(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:
         started, month = perf_counter(), month_of(context)
         written = pipeline.load_table(core.platform, table, month, core.now())

@@ -21,6 +21,7 @@ from streamflow.months import Month
 from streamflow.plots import with_interval
 from streamflow_dagster.defs import checks
 from streamflow_dagster.defs.conditions import WHEN_REMADE
+from streamflow_dagster.defs.failing import fails_plainly
 from streamflow_dagster.defs.partitions import MONTHLY, up_to_the_month
 from streamflow_dagster.defs.resources import PlatformResource
 from streamflow_dagster.defs.results import (
@@ -63,6 +64,7 @@ class TrainingChoice(Config):
     check_specs=[checks.no_single_feature_leaks("training_dataset")],
     automation_condition=WHEN_REMADE,
 )
+@fails_plainly
 def training_dataset(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:
     """Features and labels of the same as_of, joined point in time through Feast, kept under their digest."""
     started = perf_counter()
@@ -99,6 +101,7 @@ def training_dataset(context: AssetExecutionContext, core: PlatformResource) -> 
     pool="training",
     op_tags=AFTER_THE_SCORES,
 )
+@fails_plainly
 def churn_model(context: AssetExecutionContext, core: PlatformResource, config: TrainingChoice) -> MaterializeResult:
     """The month's churn model: chosen, fitted, evaluated on held-out users, compiled, and logged in MLflow."""
     started, month = perf_counter(), month_of(context)
@@ -110,6 +113,8 @@ def churn_model(context: AssetExecutionContext, core: PlatformResource, config: 
     agreement = AssetCheckResult(
         passed=parity.holds,
         check_name=checks.AGREES,
+        description=f"the compiled scorer differs from the pipeline by {parity.max_difference:.1e} at most and flips "
+        f"{parity.flipped_decisions} decisions",
         metadata={"largest difference": parity.max_difference, "flipped decisions": parity.flipped_decisions},
     )
     forwards = {
@@ -155,6 +160,7 @@ def _for_its_cause(core: PlatformResource, month: Month, config: TrainingChoice)
     code_version=pipeline.code_version("gates", "policy", "promotion", "registry"),
     partitions_def=MONTHLY,
 )
+@fails_plainly
 def registered_model_version(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:
     """The model's version in MLflow and in our own records, and what the promotion policy made of it."""
     started = perf_counter()

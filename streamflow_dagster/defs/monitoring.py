@@ -9,6 +9,7 @@ from streamflow.contract import CONTRACT
 from streamflow.plots import with_interval
 from streamflow.scores import CHURN_SCORES
 from streamflow_dagster.defs.conditions import WHEN_REMADE
+from streamflow_dagster.defs.failing import fails_plainly
 from streamflow_dagster.defs.partitions import MONTHLY
 from streamflow_dagster.defs.resources import PlatformResource
 from streamflow_dagster.defs.results import OWNERS, drift_as_table, materialized, month_of, shown
@@ -23,6 +24,7 @@ from streamflow_dagster.defs.results import OWNERS, drift_as_table, materialized
     partitions_def=MONTHLY,
     automation_condition=WHEN_REMADE,
 )
+@fails_plainly
 def drift_report(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:
     """Each feature and the scores of the month, held against the month that the scoring version was trained on."""
     started = perf_counter()
@@ -50,6 +52,7 @@ def drift_report(context: AssetExecutionContext, core: PlatformResource) -> Mate
     partitions_def=MONTHLY,
     automation_condition=WHEN_REMADE,
 )
+@fails_plainly
 def performance_report(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:
     """How good the month's scores turned out, held against what their version promised, and what explains a fall."""
     started = perf_counter()

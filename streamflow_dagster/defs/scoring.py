@@ -9,6 +9,7 @@ from pydantic import Field
 from streamflow import monitoring, pipeline, scores
 from streamflow.contract import CONTRACT
 from streamflow_dagster.defs.conditions import WHEN_REMADE
+from streamflow_dagster.defs.failing import fails_plainly
 from streamflow_dagster.defs.partitions import MONTHLY
 from streamflow_dagster.defs.resources import PlatformResource
 from streamflow_dagster.defs.results import OWNERS, materialized, month_of, shown
@@ -33,6 +34,7 @@ class ScoringChoice(Config):
     output_required=False,
     automation_condition=WHEN_REMADE,
 )
+@fails_plainly
 def churn_scores(
     context: AssetExecutionContext, core: PlatformResource, config: ScoringChoice
 ) -> Iterator[MaterializeResult]:

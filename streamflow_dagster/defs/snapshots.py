@@ -9,6 +9,7 @@ from streamflow.contract import CONTRACT, Table
 from streamflow.warehouse import snapshot_findings
 from streamflow_dagster.defs import checks
 from streamflow_dagster.defs.conditions import WHEN_REMADE
+from streamflow_dagster.defs.failing import fails_plainly
 from streamflow_dagster.defs.partitions import MONTHLY
 from streamflow_dagster.defs.resources import PlatformResource
 from streamflow_dagster.defs.results import OWNERS, check_results, materialized, month_of
@@ -33,6 +34,7 @@ def snapshot_of(table: Table) -> AssetsDefinition:
         check_specs=checks.of_snapshot(table),
         automation_condition=WHEN_REMADE,
     )
+    @fails_plainly
     def snapshot(context: AssetExecutionContext, core: PlatformResource) -> MaterializeResult:
         started, month = perf_counter(), month_of(context)
         written = pipeline.build_snapshot(core.platform, table, month, core.now())

@@ -440,7 +440,7 @@ def test_a_policy_that_cannot_be_used_needs_a_look(
     page = Page(api.get("/").text)
     assert page.attention == [
         f"Whether to train again cannot be decided. The policy file {file} cannot be used: "
-        "Object contains unknown field surprise - at $.decay."
+        "Object contains unknown field surprise - at $.decay; correct the file."
     ]
     assert "Undecided. Needs a look says why." in page.section("retraining")
     assert page.title == "Version 1 is in Production"
@@ -535,7 +535,8 @@ def test_a_retraining_without_a_version_needs_a_look(
     story.retrain(MARCH, "decay:2024-03:version 1", "it decayed again", failure="no <label> is there")
     page = page_of()
     assert page.attention == [
-        "The retraining for 2024-03 failed. TrainingRefused: no <label> is there.",
+        "The retraining for 2024-03 failed. TrainingRefused: no <label> is there. "
+        "Mend that, then streamflow run 2024-03.",
         "The retraining for 2024-02 has no version yet: it is under way, or its process was killed.",
     ]
     assert page.rows("retraining") == [
