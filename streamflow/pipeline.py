@@ -609,7 +609,7 @@ def _recorded_scorer(platform: Platform, run_id: str, artifact_sha256: str) -> "
         artifact = platform.registry.scorer(run_id)
     except UnknownVersion as failure:
         raise UnknownVersion(
-            f"MLflow has no scorer of run {run_id} any more; restore mlflow/ from a backup, or take another version"
+            f"MLflow has no scorer of run {run_id} any more; restore mlflow/ from a backup"
         ) from failure
     if (found := scoring.sha256(artifact)) != artifact_sha256:
         raise ArtifactRefused(

@@ -44,8 +44,8 @@ def fails_plainly(compute: Callable[..., Any]) -> Callable[..., Iterator[Materia
             raise Failure(reason) from defect
         yield from results
         if blocking := [one for result in results for one in _blocking(result.check_results or ())]:
-            found = "; ".join(f"{one.check_name}: {one.description}" for one in blocking)
-            raise Failure(f"{found}; nothing is made of it: correct the files, land them, then {again}")
+            found = "; ".join(f"{one.check_name} failed ({one.description})" for one in blocking)
+            raise Failure(f"{found}, so nothing is made of it; land corrected files if they are wrong, then {again}")
 
     computed.__annotations__ = {**compute.__annotations__, "return": Iterator[MaterializeResult]}
     return computed

@@ -226,11 +226,12 @@ def test_decay_is_noticed_and_the_model_of_the_new_concept_goes_to_production(pl
     ]
 
 
-def test_what_has_landed_already_or_is_asked_for_again_requests_nothing(platform, daemon, two_months):
+def test_what_has_landed_already_or_is_asked_for_again_requests_nothing(platform, daemon, dagster, two_months):
     assert not land(platform, JANUARY).changed
     assert daemon.work() == []
     daemon.keys.clear()  # as after the loss of all cursors
     assert daemon.work() == []
+    assert evaluate_automation_conditions(defs, dagster, cursor=None).total_requested == 0
     assert "every landed month is done" in daemon.evaluate(automation.landed_months).skip_message
     assert "nothing calls for another model than version 2" in daemon.evaluate(automation.retraining).skip_message
 
