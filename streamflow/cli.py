@@ -179,6 +179,8 @@ def land(
     if month and first_month:
         raise typer.BadParameter("give --month for one folder or --first-month for a folder of folders, not both")
     folders = [(path, _month(month))] if month else folders_in(path, _month(first_month or FIRST_MONTH))
+    if not month and not first_month and folders[0][0] == path:
+        raise typer.BadParameter(f"{path} holds the files of one month; say which by --month YYYY-MM")
     zone = LandingZone(Settings.load().home)
     landed, refused = [], []
     for folder, of in folders:

@@ -200,6 +200,17 @@ def test_land_prints_json(
     assert len(second["unchanged"]) == 5
 
 
+def test_the_files_of_one_month_are_not_taken_for_a_month_that_nobody_named(
+    world: World, streamflow: Streamflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STREAMFLOW_HOME", str(tmp_path / "home"))
+    shutil.copytree(world.months / "2024-02", tmp_path / "month")
+    done = streamflow("land", tmp_path / "month")
+    assert done.code == 2
+    assert "--month YYYY-MM" in done.err
+    assert not (tmp_path / "home" / "landing").exists()
+
+
 def test_a_bad_folder_is_refused_with_file_line_column_and_reason(
     world: World, streamflow: Streamflow, tmp_path: Path
 ) -> None:
